@@ -1,0 +1,173 @@
+"""From rows to token ids with their loss mask, once, kept flat in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from trainjax.data.formats import detect
+from trainjax.data.render import Rendered, render
+from trainjax.data.sources import Source
+
+_CHUNK = 1024  # rows tokenized at once: enough for the tokenizer's threads
+
+TooLong = Callable[[int, int], int | None]
+"""`(length, max_length) -> how many tokens to keep`, None to drop the row."""
+
+
+def truncate(length: int, max_length: int) -> int | None:
+    """Keeps the first `max_length` tokens of a longer row."""
+    return min(length, max_length)
+
+
+def drop(length: int, max_length: int) -> int | None:
+    """Leaves a longer row out."""
+    return length if length <= max_length else None
+
+
+def refuse(length: int, max_length: int) -> int | None:
+    """Stops at a longer row."""
+    if length > max_length:
+        raise ValueError(f"{length} tokens are more than max_length={max_length}")
+    return length
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenized rows.
+
+    Attributes:
+        tokens: ids of all rows, one after another.
+        trained: which of them are targets.
+        offsets: where each row starts; one more than rows.
+        rows: number of each in the source.
+        truncated: how many were cut at `max_length`.
+        dropped: how many were left out, because too long or because no target was left.
+    """
+
+    tokens: Int[np.ndarray, " tokens"]
+    trained: Bool[np.ndarray, " tokens"]
+    offsets: Int[np.ndarray, " examples_and_1"]
+    rows: Int[np.ndarray, " examples"]
+    truncated: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " examples"]:
+        """Tokens of each example."""
+        return np.diff(self.offsets)
+
+    def slice_of(self, example: int) -> slice:
+        """Where an example's tokens are."""
+        return slice(self.offsets[example], self.offsets[example + 1])
+
+
+def encode(
+    source: Source,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    template: bool = True,
+    too_long: TooLong = truncate,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Examples:
+    """Token ids and loss masks of all rows.
+
+    A target is a token that begins inside a trained span, so a token that straddles the end of the
+    prompt is not one. The first token of a row is nobody's target. Text without a template gets the
+    tokenizer's own beginning token, if it adds one, and the end-of-sequence token as a last target.
+
+    Args:
+        source: rows; see `formats.FORMATS` for their columns.
+        tokenizer: a `PreTrainedTokenizerFast`.
+        max_length: longest example, in tokens.
+        template: whether plain prompts and completions go through the chat template.
+        too_long: `truncate`, `drop` or `refuse`.
+        progress: called with the number of rows done.
+
+    Raises:
+        ValueError: unknown columns, a row that cannot be read (by number), no target in any row.
+    """
+    pieces: list[tuple[np.ndarray, np.ndarray, int]] = []
+    truncated = dropped = 0
+    for start, rendered in _rendered_chunks(source, tokenizer, template):
+        for number, ids, trained in _tokenized(start, rendered, tokenizer):
+            keep = _at_row(number, too_long, len(ids), max_length)
+            if keep is None or not trained[:keep].any():
+                dropped += 1
+                continue
+            truncated += keep < len(ids)
+            pieces.append((ids[:keep], trained[:keep], number))
+        progress(min(start + _CHUNK, len(source)))
+    if not pieces:
+        raise ValueError(
+            f"none of the {len(source)} rows has a token to train on: every completion is empty, or "
+            f"lies beyond max_length={max_length}"
+        )
+    ids, trained, rows = zip(*pieces, strict=True)
+    offsets = np.cumsum([0, *map(len, ids)])
+    return Examples(
+        np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), truncated, dropped
+    )
+
+
+def _rendered_chunks(
+    source: Source, tokenizer: Any, template: bool
+) -> Iterator[tuple[int, list[Rendered]]]:
+    if not len(source):
+        raise ValueError("the dataset is empty")
+    read = _at_row(0, lambda: detect(list(source[0])))
+    for start in range(0, len(source), _CHUNK):
+        chunk = []
+        for number in range(start, min(start + _CHUNK, len(source))):
+            row = source[number]
+            chunk.append(
+                _at_row(number, lambda row=row: render(read(row), tokenizer, template=template))
+            )
+        yield start, chunk
+
+
+def _tokenized(
+    start: int, rendered: list[Rendered], tokenizer: Any
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    encodings: list[Any] = [None] * len(rendered)
+    for plain in (True, False):
+        chosen = [i for i, r in enumerate(rendered) if r.plain == plain]
+        if chosen:
+            texts = [rendered[i].text for i in chosen]
+            batch = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=plain)
+            for i, encoding in zip(chosen, batch, strict=True):
+                encodings[i] = encoding
+    for i, (row, encoding) in enumerate(zip(rendered, encodings, strict=True)):
+        ids = np.asarray(encoding.ids, np.int32)
+        begins = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
+        trained = np.zeros(len(ids), bool)
+        for first, last in row.spans:
+            trained |= (begins >= first) & (begins < last)
+        trained &= ~np.asarray(encoding.special_tokens_mask, bool) if row.plain else True
+        if row.plain and tokenizer.eos_token_id is not None:
+            if not len(ids) or ids[-1] != tokenizer.eos_token_id:
+                ids, trained = (
+                    np.append(ids, np.int32(tokenizer.eos_token_id)),
+                    np.append(trained, True),
+                )
+            trained[-1] = True
+        trained[:1] = False
+        yield start + i, ids, trained
+
+
+def _at_row(number: int, f: Callable[..., Any], *args: Any) -> Any:
+    """`f(*args)`, with the row's number in the message of its errors."""
+    try:
+        return f(*args)
+    except KeyError as error:
+        raise ValueError(f"row {number}: the column {error} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error

@@ -1,0 +1,275 @@
+"""From examples to batches on the devices: planned, shuffled, packed, sharded, resumable.
+
+The plan of an epoch (which examples share which row of which batch) is made from lengths and seed
+alone. Every process makes the same plan and fills only its own rows of each batch. The state of the
+iterator is therefore two numbers, whatever the number of processes, and the weights of a batch are
+normalised over all of it without communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from trainjax.data.encode import Examples
+from trainjax.data.packing import Pack, best_fit, unpacked
+from trainjax.types import Batch
+
+Weigh = Callable[[Examples, np.ndarray], Float[np.ndarray, " examples"]]
+"""`(examples, which) -> weight of each target of each example`, before normalisation."""
+
+
+def token_mean(examples: Examples, which: np.ndarray) -> Float[np.ndarray, " examples"]:
+    """Every target counts the same: the mean over the batch's tokens."""
+    del examples
+    return np.ones(len(which))
+
+
+def sequence_mean(examples: Examples, which: np.ndarray) -> Float[np.ndarray, " examples"]:
+    """Every example counts the same, however many targets it has."""
+    counts = [examples.trained[examples.slice_of(e)].sum() for e in which]
+    return 1.0 / np.asarray(counts)
+
+
+class BatchPlan(NamedTuple):
+    """One global batch before it is filled: rows of examples, and the length they are padded to."""
+
+    rows: list[list[int]]
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How examples become batches.
+
+    Attributes:
+        batch_size: rows of a global batch.
+        length: longest row, in tokens.
+        pack: `packing.best_fit` or `packing.unpacked`.
+        seed: of the order; None keeps the order of the source.
+        weigh: `token_mean` or `sequence_mean`.
+        window: examples that are packed together; keeps planning fast on large data, and an order
+            that means something (a curriculum) roughly in place.
+        buckets: unpacked rows are padded to one of this many lengths, so that as many programs are
+            compiled and no more.
+    """
+
+    batch_size: int
+    length: int
+    pack: Pack = best_fit
+    seed: int | None = 0
+    weigh: Weigh = token_mean
+    window: int = 2**16
+    buckets: int = 4
+
+    def epoch(self, examples: Examples, number: int) -> list[BatchPlan]:
+        """All batches of an epoch; every example is in exactly one. The last may have fewer rows."""
+        count, longest = len(examples), int(examples.lengths.max())
+        if longest > self.length:
+            raise ValueError(
+                f"an example has {longest} tokens, a row {self.length}: encode shorter ones"
+            )
+        rng = None if self.seed is None else np.random.default_rng((self.seed, number))
+        order = np.arange(count) if rng is None else rng.permutation(count)
+        batches: list[BatchPlan] = []
+        for start in range(0, count, self.window):
+            which = order[start : start + self.window]
+            batches += self._window(which, examples.lengths[which], rng)
+        return batches
+
+    def _window(
+        self, which: np.ndarray, lengths: np.ndarray, rng: np.random.Generator | None
+    ) -> list[BatchPlan]:
+        bins = self.pack(lengths.tolist(), self.length)
+        if self.pack is unpacked:
+            return self._buckets(which, lengths, rng)
+        if rng is not None:
+            rng.shuffle(bins)
+        rows = [which[members].tolist() for members in bins]
+        return [BatchPlan(group, self.length) for group in _groups(rows, self.batch_size)]
+
+    def _buckets(
+        self, which: np.ndarray, lengths: np.ndarray, rng: np.random.Generator | None
+    ) -> list[BatchPlan]:
+        """Examples of like length together, so that little is padding; then batches in any order."""
+        order = np.arange(len(which)) if rng is None else np.argsort(lengths, kind="stable")
+        step = max(8, -(-self.length // self.buckets // 8) * 8)
+        batches = []
+        for group in _groups(order.tolist(), self.batch_size):
+            longest = int(lengths[group].max())
+            length = min(self.length, -(-longest // step) * step)
+            batches.append(BatchPlan([[int(which[i])] for i in group], length))
+        if rng is not None:
+            rng.shuffle(batches)
+        return batches
+
+
+def fill(
+    examples: Examples,
+    plan: Plan,
+    batch: BatchPlan,
+    *,
+    rows: slice = slice(None),
+    total: float | None = None,
+) -> dict[str, np.ndarray]:
+    """The arrays of some rows of a planned batch; see `types.Batch` for what they are.
+
+    Unpacked rows have no `segments` and `positions`: one example a row from its beginning is what a
+    model assumes without them.
+
+    Args:
+        examples: the tokens.
+        plan: for the weights.
+        batch: which examples are in which row.
+        rows: the rows to fill, a process's own.
+        total: what the weights are divided by; by default their sum over the whole batch.
+    """
+    if total is None:
+        total = total_weight(examples, plan, [e for row in batch.rows for e in row])
+    padded = batch.rows + [[]] * (plan.batch_size - len(batch.rows))
+    shape = (len(padded[rows]), batch.length)
+    out = {
+        "tokens": np.zeros(shape, np.int32),
+        "weights": np.zeros(shape, np.float32),
+        "rows": np.full(shape, -1, np.int32),
+        "segments": np.zeros(shape, np.int32),
+        "positions": np.zeros(shape, np.int32),
+    }
+    for row, members in enumerate(padded[rows]):
+        at = 0
+        weights = plan.weigh(examples, np.asarray(members, np.int64))
+        for segment, (example, weight) in enumerate(zip(members, weights, strict=True), 1):
+            taken = examples.slice_of(example)
+            here = slice(at, at + taken.stop - taken.start)
+            out["tokens"][row, here] = examples.tokens[taken]
+            out["weights"][row, here] = examples.trained[taken] * (weight / total)
+            out["rows"][row, here] = examples.rows[example]
+            out["segments"][row, here] = segment
+            out["positions"][row, here] = np.arange(here.stop - here.start)
+            at = here.stop
+    if plan.pack is unpacked:
+        del out["segments"], out["positions"]
+    return out
+
+
+def total_weight(examples: Examples, plan: Plan, which: list[int]) -> float:
+    """The sum of the weights of some examples' targets, before normalisation."""
+    counts = np.asarray([examples.trained[examples.slice_of(e)].sum() for e in which])
+    return float((plan.weigh(examples, np.asarray(which)) * counts).sum())
+
+
+class _Batches(grain.IterDataset[dict[str, np.ndarray]]):
+    """The endless stream of a plan's batches, as a Grain dataset: one process's rows of each."""
+
+    def __init__(self, examples: Examples, plan: Plan, rows: slice) -> None:
+        super().__init__()
+        self.examples, self.plan, self.rows = examples, plan, rows
+
+    def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+        return _BatchIterator(self)
+
+
+class _BatchIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
+    def __init__(self, dataset: _Batches) -> None:
+        super().__init__()
+        self._dataset = dataset
+        self._epoch, self._batch = 0, 0
+        self._planned: tuple[int, list[BatchPlan]] | None = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._batch == len(self._plan()):
+            self._epoch, self._batch = self._epoch + 1, 0
+        batch = self._plan()[self._batch]
+        self._batch += 1
+        return fill(self._dataset.examples, self._dataset.plan, batch, rows=self._dataset.rows)
+
+    def _plan(self) -> list[BatchPlan]:
+        if self._planned is None or self._planned[0] != self._epoch:
+            plan = self._dataset.plan.epoch(self._dataset.examples, self._epoch)
+            self._planned = self._epoch, plan
+        return self._planned[1]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._epoch, self._batch = state["epoch"], state["batch"]
+
+
+class Loader(Iterator[Batch]):
+    """Batches on the devices, without end; `get_state` and `set_state` make it resumable.
+
+    A thread fills the next batches while the devices work on this one.
+
+    Args:
+        examples: from `encode`.
+        plan: how they become batches.
+        mesh: splits rows over its `data` and `fsdp` axes.
+
+    Raises:
+        ValueError: a batch that the mesh or the processes do not divide.
+    """
+
+    def __init__(self, examples: Examples, plan: Plan, mesh: Mesh | None = None) -> None:
+        self.examples, self.plan, self.mesh = examples, plan, mesh
+        stream = _Batches(examples, plan, own_rows(plan.batch_size, mesh))
+        prefetched = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2)
+        self._iterator = iter(prefetched)
+        weakref.finalize(self, self._iterator.close)  # its thread would outlive the interpreter
+
+    def __next__(self) -> Batch:
+        return to_devices(next(self._iterator), self.mesh, self.plan.batch_size)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream is, as JSON: after the last batch that was taken."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where another loader of the same data and plan stood."""
+        self._iterator.set_state(state)
+
+
+def one_epoch(examples: Examples, plan: Plan, mesh: Mesh | None = None) -> Iterator[Batch]:
+    """Every example once, for evaluation: the weights sum to 1 over all batches together, so the sum
+    of the batches' losses is the loss on the data."""
+    total = total_weight(examples, plan, list(range(len(examples))))
+    rows = own_rows(plan.batch_size, mesh)
+    for batch in plan.epoch(examples, 0):
+        yield to_devices(fill(examples, plan, batch, rows=rows, total=total), mesh, plan.batch_size)
+
+
+def own_rows(batch_size: int, mesh: Mesh | None) -> slice:
+    """The rows of a global batch that this process fills."""
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
+        raise ValueError(
+            f"batch_size={batch_size} is not divisible by the mesh's {shards} row shards"
+        )
+    count, index = jax.process_count(), jax.process_index()
+    if batch_size % count:
+        raise ValueError(f"batch_size={batch_size} is not divisible by {count} processes")
+    each = batch_size // count
+    return slice(index * each, (index + 1) * each)
+
+
+def to_devices(arrays: dict[str, np.ndarray], mesh: Mesh | None, batch_size: int) -> Batch:
+    """A process's rows as (part of) a global batch, split over the mesh."""
+    if mesh is None:
+        return jax.device_put(arrays)
+    layout = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return {
+        name: jax.make_array_from_process_local_data(layout, array, (batch_size, *array.shape[1:]))
+        for name, array in arrays.items()
+    }
+
+
+def _groups(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -1,0 +1,156 @@
+"""A Hugging Face model folder: `config.json`, safetensors in one file or several, a tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from trainjax.io import tokenizer as tokenizers
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class HfFolder:
+    """A model folder as a `Checkpoint`.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: no config, no safetensors, a shard that is missing or damaged; each by path.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise ValueError(f"{self.path} is not a model folder: it has no config.json")
+        self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (_, shape) in self._index.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        file, _ = self._index[name]
+        # Opened anew for each tensor, with pread: a mapping that stays open keeps every page that
+        # was read in the process's resident memory, which doubles the peak of loading.
+        with _opened(file) as tensors:
+            return tensors.get_tensor(name)
+
+    def tokenizer(self) -> Any | None:
+        return tokenizers.from_folder(self.path)
+
+    @functools.cached_property
+    def _index(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
+        found = {}
+        for file in self._files():
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
+        return found
+
+    def _files(self) -> list[Path]:
+        index = self.path / _INDEX
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [self.path / name for name in names]
+        else:
+            files = [self.path / _SINGLE]
+        if missing := [file for file in files if not file.is_file()]:
+            pickles = sorted(self.path.glob("*.bin")) + sorted(self.path.glob("*.pt*"))
+            why = f"; {pickles[0].name} is a pickle, which is never loaded" if pickles else ""
+            raise ValueError(f"{missing[0]} does not exist{why}")
+        return files
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="np", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def write_shards(
+    path: Path, tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int = 5 * 2**30
+) -> None:
+    """Writes tensors as safetensors, in files of at most `max_bytes` with an index if it takes several.
+
+    Tensors are taken from the iterable one by one, and a file's worth is in memory at a time.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(pending, path / f"model-{len(shards) + 1:05d}.tmp", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_bytes:
+            flush()
+        pending[name] = np.ascontiguousarray(tensor)
+        total += tensor.nbytes
+    flush()
+    _name_shards(path, shards, total)
+
+
+def _name_shards(path: Path, shards: list[list[str]], total: int) -> None:
+    if len(shards) == 1:
+        (path / "model-00001.tmp").replace(path / _SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (path / f"model-{number:05d}.tmp").replace(path / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(path / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON as the ecosystem formats it."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to write into, which takes its name when the block ends well.
+
+    Raises:
+        ValueError: `path` exists and holds something.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already; give the name of a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write, which takes its place when the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""From what a user calls a model to its files: a hub id, a folder, a .gguf file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from trainjax.io.folder import HfFolder
+from trainjax.io.gguf import GgufFile
+from trainjax.types import Checkpoint
+
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")  # never *.bin, never *.py
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """The files of a model.
+
+    Args:
+        source: a folder, a `.gguf` file, or an id such as `HuggingFaceTB/SmolLM2-135M-Instruct`,
+            which is downloaded once to the hub's own cache.
+
+    Raises:
+        ValueError: nothing of that name, or a hub that cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return HfFolder(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return GgufFile(path)
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file, but not a .gguf; give a model's folder or a .gguf file"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise ValueError(
+            f"no model at {str(source)!r}: give a folder, a .gguf file or a hub id (owner/name)"
+        )
+    return HfFolder(_download(str(source)))
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{repo!r} is not a folder here, and could not be had from the hub: {reason}"
+        ) from error

@@ -1,0 +1,5 @@
+"""Losses: array maths that can be read alone, and functions that wire a policy into a `Loss`."""
+
+from trainjax.losses.sft import sft
+
+__all__ = ["sft"]

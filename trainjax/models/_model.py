@@ -1,0 +1,111 @@
+"""A loaded model, and the family that knows its names."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+import zlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from trainjax import tree
+from trainjax.nn import Decoder, DecoderConfig, head
+from trainjax.ops import vocab
+from trainjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What `load` returns, made of plain parts each of which can be used alone.
+
+    Attributes:
+        config: the architecture.
+        module: the Flax module; `module.apply({"params": params}, ...)` is a pure function.
+        params: the weights, stacked over layers.
+        tokenizer: a `PreTrainedTokenizerFast` with its chat template, or None.
+        hf: the contents of `config.json`, for writing the model back.
+        source: what was loaded, as the user called it.
+        fingerprint: tells which weights these are, whatever their dtype and layout.
+    """
+
+    config: DecoderConfig
+    module: Decoder
+    params: Params
+    tokenizer: Any
+    hf: Mapping[str, Any]
+    source: str
+    fingerprint: str
+
+    def logits(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
+        """All the logits in float32, for small checks; training never makes them."""
+        return _logits(self.module, self.params, jnp.asarray(tokens, jnp.int32))
+
+    def with_params(self, params: Params) -> Model:
+        """The same model with other weights: an adapter attached, say."""
+        return dataclasses.replace(self, params=params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(module: Decoder, params: Params, tokens: Array) -> Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = module.apply({"params": params}, tokens, positions)
+    return vocab.logits(hidden, head(module.config, params))
+
+
+def family(hf: Mapping[str, Any]) -> ModuleType:
+    """The module of this package that knows the architecture.
+
+    Raises:
+        ValueError: none does; the message lists those there are.
+    """
+    package = __name__.rpartition(".")[0]
+    known = [
+        module.name
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
+        if not module.name.startswith("_")
+    ]
+    kind = str(hf.get("model_type", "")).replace("-", "_")
+    if kind not in known:
+        raise ValueError(
+            f"model_type={hf.get('model_type')!r} is not supported; {', '.join(known)} are"
+        )
+    return importlib.import_module(f"{package}.{kind}")
+
+
+def tensor_names(hf: Mapping[str, Any], params: Params) -> dict[str, list[str]]:
+    """For each parameter of ours, the tensors of the checkpoint that it is made of, layer by layer."""
+    table = family(hf).TENSORS
+    return {name: _expand(table[name], leaf.shape) for name, leaf in tree.flatten(params).items()}
+
+
+def _expand(template: str, shape: tuple[int, ...]) -> list[str]:
+    return [template.format(i) for i in range(shape[0])] if "{}" in template else [template]
+
+
+def abstract_params(module: Decoder) -> Params:
+    """Shapes and dtypes of the params, without making them."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(module.init, jax.random.key(0), tokens, tokens)["params"]
+
+
+def fingerprint(params: Params) -> str:
+    """Eight hex digits from the names, the shapes and the first few numbers of every array.
+
+    Numbers are rounded to bfloat16 first, so a model is the same one in float32 and in bfloat16.
+    """
+    corners = {}
+    for name, leaf in tree.flatten(params).items():
+        corners[name] = leaf[tuple(slice(min(size, 8)) for size in leaf.shape)]
+    text = "".join(f"{name}{leaf.shape}" for name, leaf in tree.flatten(params).items())
+    checksum = 0
+    for corner in jax.device_get(jax.tree.leaves(corners)):
+        checksum = zlib.crc32(np.ascontiguousarray(corner.astype(jnp.bfloat16)).tobytes(), checksum)
+    return f"{zlib.crc32(text.encode(), checksum):08x}"

@@ -1,0 +1,63 @@
+"""A model folder that transformers loads: config, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from trainjax import tree
+from trainjax.io import folder
+from trainjax.io import tokenizer as tokenizers
+from trainjax.models._model import Model, tensor_names
+from trainjax.types import Params
+
+
+def save_model(path: str | Path, model: Model, params: Params | None = None) -> None:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `load` read.
+
+    The folder appears whole or not at all: it is written under another name and moved into place.
+
+    Args:
+        path: the folder; it may exist if it is empty.
+        model: for the architecture, the tensors' names and the tokenizer.
+        params: plain arrays, `lora.merge(model.params, adapter)` say; by default the model's own.
+
+    Raises:
+        ValueError: params that are not plain arrays; a folder that holds something.
+        OSError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    params = model.params if params is None else params
+    for name, leaf in tree.flatten(params).items():
+        if tree.is_weight(leaf):
+            raise ValueError(
+                f"{name} is a {type(leaf).__name__}, not an array; merge the adapter first"
+            )
+    with folder.written(Path(path)) as temporary:
+        dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype).name
+        hf = {k: v for k, v in model.hf.items() if k not in ("torch_dtype", "quantization_config")}
+        folder.write_json(temporary / "config.json", hf | {"dtype": dtype})
+        folder.write_shards(temporary, _tensors(model, params))
+        if model.tokenizer is not None:
+            tokenizers.save(model.tokenizer, temporary)
+
+
+def _tensors(model: Model, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    leaves = tree.flatten(params)
+    for name, tensors in tensor_names(model.hf, params).items():
+        stacked = name.startswith("layers/")
+        for index, tensor in enumerate(tensors):
+            value = host_array(leaves[name][index] if stacked else leaves[name])
+            yield tensor, value.T if name.endswith("kernel") else value
+
+
+def host_array(array: jax.Array) -> np.ndarray:
+    """The whole array on this host, gathered from other processes where it is spread over them."""
+    if not array.is_fully_addressable and isinstance(array.sharding, NamedSharding):
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+    return np.asarray(array)

@@ -1,0 +1,210 @@
+"""A decoder-only transformer whose layers are one layer, scanned over stacked weights.
+
+`Decoder` goes from tokens to hidden states. The output head is not part of the forward pass: losses
+take hidden states and the head to `ops.vocab`, which never makes all the logits; `head(config, params)`
+gives it to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from trainjax.nn import remat as remats
+from trainjax.nn.attention import Attention, LayerCache
+from trainjax.nn.dense import Dense, Embed, weight
+from trainjax.nn.mlp import SwiGlu
+from trainjax.ops.norm import rms_norm
+from trainjax.ops.rope import Rope, Rotation, rotation
+from trainjax.ops.vocab import Head, Tied
+from trainjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The architecture: what `config.json` says, in one family's words for all families."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    rms_norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    window: int | None = None
+    max_length: int = 2048
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for generation.
+
+    Attributes:
+        keys, values: one slot a token, rotated already.
+        filled: which slots hold a real token (padding before a short prompt does not).
+        length: slots used; the next token goes to slot `length`.
+    """
+
+    keys: Float[Array, "layers batch kv_heads slots dim"]
+    values: Float[Array, "layers batch kv_heads slots dim"]
+    filled: Bool[Array, "batch slots"]
+    length: Int[Array, ""]
+
+
+class Norm(nn.Module):
+    """`rms_norm` with a learned scale."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows embed"]) -> Float[Array, "*rows embed"]:
+        scale = weight(self, "scale", nn.initializers.ones, x.shape[-1:])
+        return rms_norm(x, scale, self.epsilon)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each on a normalised copy and added to the stream."""
+
+    config: DecoderConfig
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "batch seq embed"], tuple[Array, Array] | None],
+        layer: Int[Array, ""],
+        rotation: Rotation,
+        segments: Int[Array, "batch seq"] | None,
+        slots: tuple[Array, Array] | None,
+    ) -> tuple[tuple[Array, tuple[Array, Array] | None], None]:
+        c = self.config
+        x, stacks = carry
+        cache = None
+        if stacks is not None and slots is not None:
+            cache = LayerCache(*stacks, layer, *slots)
+        attention = Attention(
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            c.qkv_bias,
+            c.output_bias,
+            c.window,
+            self.mesh,
+            name="attention",
+        )
+        out, cache = attention(
+            Norm(c.rms_norm_eps, name="attention_norm")(x), rotation, segments, cache
+        )
+        x = checkpoint_name(x + out, "residual")
+        mlp = SwiGlu(c.intermediate_size, c.mlp_bias, name="mlp")
+        x = _shard_rows(x + mlp(Norm(c.rms_norm_eps, name="mlp_norm")(x)), self.mesh)
+        return (x, None if cache is None else (cache.keys, cache.values)), None
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states.
+
+    Attributes:
+        config: the architecture.
+        dtype: what activations are computed in; norms, softmax and rotations are float32 inside.
+        remat: what is kept for the backward pass, from `nn.remat`; None keeps all.
+        mesh: the mesh that activations are sharded over, or None.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    remat: Callable[..., Any] | None = remats.full
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+        segments: Int[Array, "batch seq"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], Cache | None]:
+        """Final hidden states, normalised, ready for the head; and the cache with these tokens.
+
+        Args:
+            tokens: ids.
+            positions: place of each token in its own example.
+            segments: which packed example each belongs to; None for one a row. With a cache, tokens
+                of segment 0 are padding and leave no trace in it.
+            cache: earlier tokens' keys and values, or None in training.
+        """
+        c = self.config
+        x = Embed(c.vocab_size, c.hidden_size, self.dtype, name="embed")(tokens)
+        x = _shard_rows(x, self.mesh)
+        if not c.tie_embeddings and self.is_initializing():
+            Dense(c.vocab_size, name="head")(x)
+        tables = rotation(c.rope, positions, c.head_dim)
+        stacks = slots = None
+        if cache is not None:
+            cache, visible = _reserve(cache, tokens.shape[1], segments, c.window)
+            stacks, slots = (cache.keys, cache.values), (cache.length - tokens.shape[1], visible)
+        block = Block
+        if self.remat is not None and cache is None:
+            block = nn.remat(Block, policy=self.remat, prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )(c, self.mesh, name="layers")
+        (x, stacks), _ = layers((x, stacks), jnp.arange(c.num_layers), tables, segments, slots)
+        x = Norm(c.rms_norm_eps, name="norm")(x)
+        if cache is not None and stacks is not None:
+            cache = cache._replace(keys=stacks[0], values=stacks[1])
+        return x, cache
+
+
+def head(config: DecoderConfig, params: Params) -> Head:
+    """The output head of the params, `[embed, vocab]`, as `ops.vocab` takes it."""
+    return Tied(params["embed"]["embedding"]) if config.tie_embeddings else params["head"]["kernel"]
+
+
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `slots` tokens a row."""
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+    filled = jnp.zeros((batch, slots), bool)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), filled, jnp.zeros((), jnp.int32))
+
+
+def _reserve(cache: Cache, new: int, segments: Array | None, window: int | None):
+    """The cache with `new` more slots taken, and which slots each new token sees."""
+    batch, slots = cache.filled.shape
+    real = jnp.ones((batch, new), bool) if segments is None else segments > 0
+    filled = jax.lax.dynamic_update_slice(
+        cache.filled, real, (jnp.zeros((), jnp.int32), cache.length)
+    )
+    own = cache.length + jnp.arange(new)[:, None]
+    slot = jnp.arange(slots)[None, :]
+    visible = slot <= own
+    if window is not None:
+        visible &= slot > own - window
+    visible = visible[None] & filled[:, None, :]
+    return cache._replace(filled=filled, length=cache.length + new), visible
+
+
+def _shard_rows(x: Array, mesh: Mesh | None) -> Array:
+    """Says that rows are split over the data axes, so that the compiler need not guess."""
+    if mesh is None:
+        return x
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(rows, None, None)))

@@ -1,0 +1,68 @@
+"""A matrix product whose matrix may be anything that knows `x @ w`, and an embedding table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from trainjax.types import Weight
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias` over the last axis, in x's dtype.
+
+    Attributes:
+        features: size of the output.
+        use_bias: whether there is a bias.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
+        shape = (x.shape[-1], self.features)
+        kernel = weight(self, "kernel", nn.initializers.lecun_normal(), shape)
+        # Two-dimensional on purpose: XLA's CPU backend differentiates a product over [batch, seq, in]
+        # into one that is 1.9 times slower than over [batch * seq, in].
+        y = x.reshape(-1, x.shape[-1]) @ _in_dtype(kernel, x.dtype)
+        if self.use_bias:
+            y += weight(self, "bias", nn.initializers.zeros, shape[1:]).astype(x.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class Embed(nn.Module):
+    """Rows of a table, by token id.
+
+    Attributes:
+        num_embeddings, features: the table's shape.
+        dtype: what the rows are returned in.
+    """
+
+    num_embeddings: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
+        shape = (self.num_embeddings, self.features)
+        table = weight(self, "embedding", nn.initializers.normal(0.02), shape)
+        return table[tokens].astype(self.dtype)
+
+
+def weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
+    """The module's parameter, which is declared at init and only read afterwards.
+
+    Linen's own `param` compares shapes leaf by leaf, so it refuses a `Weight` in an array's place.
+    """
+    if module.is_initializing():
+        return module.param(name, init, shape, jnp.float32)
+    return module.get_variable("params", name)
+
+
+def _in_dtype(kernel: Array | Weight, dtype: Any) -> Array | Weight:
+    return kernel.astype(dtype) if isinstance(kernel, jax.Array) else kernel

@@ -1,0 +1,303 @@
+"""Attention through one door: the platform's fastest kernel for causal, packed, grouped heads.
+
+`attend` is what layers call in training. It sends the work to splash attention on TPU, to cuDNN on
+GPU, and to `blocked` on CPU and wherever those two cannot serve, which it says once.
+`attend_cache` is the other door, for generation against a key/value cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+Query = Float[Array, "batch seq heads dim"]
+KeyValue = Float[Array, "batch seq kv_heads dim"]
+Segments = Int[Array, "batch seq"]
+
+_MASKED = -1e30  # finite, so that a row with nothing to see gives numbers nobody reads, not NaN
+_log = logging.getLogger(__name__)
+
+
+def attend(
+    query: Query,
+    key: KeyValue,
+    value: KeyValue,
+    segments: Segments | None = None,
+    *,
+    window: int | None = None,
+    mesh: Mesh | None = None,
+) -> Query:
+    """`softmax(query key^T / sqrt(dim)) value`, causal, within a segment, softmax in float32.
+
+    Args:
+        query: `heads` is a multiple of `kv_heads`; consecutive query heads share a key head.
+        key, value: one per kv head.
+        segments: which packed example a token belongs to; it sees its own only. None for one
+            example a row: causality alone then keeps padding on the right out of sight.
+        window: see only this many latest tokens, itself included (Mistral's sliding window).
+        mesh: the mesh that the arrays are sharded over, if any.
+
+    Returns:
+        An array like `query`.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform == "tpu":
+        if why_not := _splash_refuses(query):
+            _say_once(f"splash attention cannot serve {why_not}; using plain XLA attention")
+        else:
+            return splash(query, key, value, segments, window=window, mesh=mesh)
+    if platform in ("gpu", "cuda", "rocm"):
+        if why_not := _cudnn_refuses(query, platform):
+            _say_once(f"cuDNN attention cannot serve {why_not}; using plain XLA attention")
+        else:
+            return cudnn(query, key, value, segments, window=window)
+    return blocked(query, key, value, segments, window=window)
+
+
+class _Blocks(NamedTuple):
+    size: int
+    window: int | None
+
+
+def blocked(
+    query: Query,
+    key: KeyValue,
+    value: KeyValue,
+    segments: Segments | None = None,
+    *,
+    window: int | None = None,
+    block: int = 128,
+) -> Query:
+    """`attend` in plain XLA: blocks of queries, each against the keys that it may see.
+
+    Keys after a block are never touched, which nearly halves the work, and no array is larger than
+    `heads * block * seq`. Output and logsumexp are all that the gradient keeps besides the inputs.
+    Query heads that share a key head are rows of one matrix product.
+    """
+    batch, seq, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    q = query.reshape(batch, seq, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    size = min(seq, max(block, -(-seq // 16)))  # blocks are unrolled: 16 at most
+    out = _blocked(_Blocks(size, window), q, k, v, segments)
+    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(blocks: _Blocks, q, k, v, segments):
+    return _blocked_fwd(blocks, q, k, v, segments)[0]
+
+
+def _blocked_fwd(blocks: _Blocks, q, k, v, segments):
+    outs, logsumexps = [], []
+    for rows, seen in _ranges(blocks, q.shape[3]):
+        scores = _scores(
+            q[..., rows, :], k[:, :, seen], _allowed(segments, rows, seen, blocks.window)
+        )
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        p = jnp.exp(scores - top)
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        out = _per_kv_head(p.astype(v.dtype), v[:, :, seen], 1, 0) / total
+        outs.append(_split_rows(out.astype(q.dtype), q))
+        logsumexps.append(_split_rows(top + jnp.log(total), q))
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
+    lse = checkpoint_name(jnp.concatenate(logsumexps, axis=3), "attention")
+    return out, (q, k, v, segments, out, lse)
+
+
+def _blocked_bwd(blocks: _Blocks, residuals, g):
+    q, k, v, segments, out, lse = residuals
+    f32 = jnp.float32
+    delta = jnp.sum(g.astype(f32) * out.astype(f32), axis=-1, keepdims=True)
+    dqs, dk, dv = [], jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
+    for rows, seen in _ranges(blocks, q.shape[3]):
+        qi, gi = _merge_rows(q[..., rows, :]), _merge_rows(g[..., rows, :])
+        ki, vi = k[:, :, seen], v[:, :, seen]
+        scores = _scores(q[..., rows, :], ki, _allowed(segments, rows, seen, blocks.window))
+        p = jnp.exp(scores - _merge_rows(lse[..., rows, :]))
+        dp = _per_kv_head(gi, vi, 1, 1)
+        ds = p * (dp - _merge_rows(delta[..., rows, :])) * q.shape[-1] ** -0.5
+        p, ds = p.astype(g.dtype), ds.astype(q.dtype)
+        dv = dv.at[:, :, seen].add(_per_kv_head(p, gi, 0, 0))
+        dk = dk.at[:, :, seen].add(_per_kv_head(ds, qi, 0, 0))
+        dqs.append(_split_rows(_per_kv_head(ds, ki, 1, 0), q))
+    dq = jnp.concatenate(dqs, axis=3)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)
+
+
+def _ranges(blocks: _Blocks, seq: int) -> list[tuple[slice, slice]]:
+    """Each block of queries with the keys that some query of it may see."""
+    spans = [(start, min(start + blocks.size, seq)) for start in range(0, seq, blocks.size)]
+    oldest = 0 if blocks.window is None else blocks.window - 1
+    first = [0 if blocks.window is None else max(0, start - oldest) for start, _ in spans]
+    return [(slice(a, b), slice(f, b)) for (a, b), f in zip(spans, first, strict=True)]
+
+
+def _allowed(
+    segments: Segments | None, rows: slice, seen: slice, window: int | None
+) -> Bool[Array, "#batch 1 1 block keys"]:
+    query_at = jnp.arange(rows.start, rows.stop)[:, None]
+    key_at = jnp.arange(seen.start, seen.stop)[None, :]
+    allowed = key_at <= query_at
+    if window is not None:
+        allowed &= key_at > query_at - window
+    allowed = allowed[None]
+    if segments is not None:
+        allowed = allowed & (segments[:, rows, None] == segments[:, None, seen])
+    return allowed[:, None, None]
+
+
+def _scores(q, k, allowed) -> Float[Array, "batch kv_heads rows keys"]:
+    """Scaled, masked scores in float32; the grouped heads' rows merged."""
+    scores = _per_kv_head(_merge_rows(q), k, 1, 1) * q.shape[-1] ** -0.5
+    grouped = scores.reshape(*q.shape[:4], k.shape[2])
+    return jnp.where(allowed, grouped, _MASKED).reshape(scores.shape)
+
+
+def _per_kv_head(a, b, axis_a: int, axis_b: int) -> Float[Array, "batch kv_heads m n"]:
+    """One matrix product per row and kv head, contracting the given axes, summed in float32."""
+    contract = ((2 + axis_a,), (2 + axis_b,))
+    return lax.dot_general(a, b, (contract, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+def _merge_rows(x):
+    """`[batch, kv_heads, group, block, n] -> [batch, kv_heads, group * block, n]`."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
+
+
+def _split_rows(x, like):
+    """The inverse of `_merge_rows`, for the group size of `like`."""
+    return x.reshape(*x.shape[:2], like.shape[2], -1, x.shape[3])
+
+
+def attend_cache(
+    query: Query,
+    keys: Float[Array, "batch kv_heads slots dim"],
+    values: Float[Array, "batch kv_heads slots dim"],
+    visible: Bool[Array, "batch seq slots"],
+) -> Query:
+    """Attention of new tokens against a cache, softmax in float32.
+
+    Args:
+        query: the new tokens.
+        keys, values: the cache, the new tokens' own entries included.
+        visible: which slots each new token sees.
+
+    Returns:
+        An array like `query`.
+    """
+    batch, seq, heads, dim = query.shape
+    group = heads // keys.shape[1]
+    q = query.reshape(batch, seq, keys.shape[1], group, dim).transpose(0, 2, 3, 1, 4)
+    scores = _scores(q, keys, visible[:, None, None])
+    p = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    out = _split_rows(_per_kv_head(p, values, 1, 0), q)
+    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
+
+
+def cudnn(
+    query: Query,
+    key: KeyValue,
+    value: KeyValue,
+    segments: Segments | None = None,
+    *,
+    window: int | None = None,
+) -> Query:
+    """`attend` by cuDNN's fused kernel. Packed rows hand it a mask, which it reads as a bias."""
+    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def _cudnn_refuses(query: Query, platform: str) -> str:
+    if platform == "rocm":
+        return "ROCm"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{query.dtype} (bfloat16 and float16 only)"
+    if query.shape[-1] % 8 or query.shape[-1] > 256:
+        return f"head_dim={query.shape[-1]} (a multiple of 8 up to 256)"
+    return ""
+
+
+def splash(
+    query: Query,
+    key: KeyValue,
+    value: KeyValue,
+    segments: Segments | None = None,
+    *,
+    window: int | None = None,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+) -> Query:
+    """`attend` by the Pallas splash kernel, which skips masked blocks; one call a row and kv head.
+
+    A Mosaic kernel cannot be partitioned by the compiler, so under a mesh each device runs it on its
+    own rows and heads by `shard_map`.
+    """
+    if segments is None:
+        segments = jnp.ones(query.shape[:2], jnp.int32)
+    local = functools.partial(_splash_local, window=window, interpret=interpret)
+    if mesh is None:
+        return local(query, key, value, segments)
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    heads = "tensor" if "tensor" in mesh.axis_names else None
+    array, ids = P(rows, None, heads, None), P(rows, None)
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(array, array, array, ids), out_specs=array, check_vma=False
+    )
+    return sharded(query, key, value, segments)
+
+
+def _splash_local(query, key, value, segments, *, window: int | None, interpret: bool) -> Query:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    batch, seq, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    q = query.reshape(batch, seq, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    causal = masks.CausalMask((seq, seq))
+    mask = causal if window is None else causal & masks.LocalMask((seq, seq), (window - 1, 0), 0)
+    kernel = kernels.make_splash_mqa(
+        masks.MultiHeadMask([mask] * (heads // kv_heads)),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    one_row = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    ids = kernels.SegmentIds(segments, segments)
+    out = jax.vmap(one_row)(q * dim**-0.5, k, v, ids)
+    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _splash_refuses(query: Query) -> str:
+    _, seq, _, dim = query.shape
+    if seq % 128:
+        return f"a length of {seq} (a multiple of 128)"
+    if dim % 64:
+        return f"head_dim={dim} (a multiple of 64)"
+    return ""
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)

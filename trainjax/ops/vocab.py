@@ -1,0 +1,298 @@
+"""Log-probabilities over the vocabulary from hidden states, without ever holding all the logits.
+
+The logits of a batch, `[batch, seq, vocab]`, are the largest array of a naive training step: 8 rows of
+512 tokens and a vocabulary of 49152 take 0.8 GB in float32, several times over. Here tokens go through
+the head in chunks, and the vocabulary in blocks with a running maximum, as attention goes over keys.
+
+Two facts make it cheap. A token whose log-probability nobody asks for (a prompt, padding) is never
+sent through the head: those asked for are gathered first, and the number of chunks is decided at run
+time. And a token's log-probability depends on that token's hidden state alone, so the forward pass can
+make the Jacobian, one vector a token, which is all that the backward pass needs if the head is frozen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jaxtyping import Array, Bool, Float, Int
+
+from trainjax.types import Weight
+
+Head = Any  # Float[Array, "embed vocab"] | Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tied(Weight):
+    """The transpose of an embedding matrix, as an output head that is never transposed in memory.
+
+    Attributes:
+        embedding: `[vocab, embed]`.
+    """
+
+    embedding: Float[Array, "vocab embed"]
+
+    def __rmatmul__(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows vocab"]:
+        return lax.dot_general(x, self.embedding.astype(x.dtype), (((1,), (1,)), ((), ())))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.embedding.shape[::-1]
+
+
+class TokenStats(NamedTuple):
+    """What a loss asks of each token's distribution. All are 0 where nobody asked.
+
+    Attributes:
+        logprobs: `log p(target)`, differentiable.
+        logsumexp: the log of the normaliser, differentiable (z-loss, label smoothing).
+        correct: 1.0 where the target is the most probable token, else 0.0; no gradient.
+    """
+
+    logprobs: Float[Array, "batch seq"]
+    logsumexp: Float[Array, "batch seq"]
+    correct: Float[Array, "batch seq"]
+
+
+def token_stats(
+    hidden: Float[Array, "batch seq embed"],
+    head: Head,
+    targets: Int[Array, "batch seq"],
+    where: Bool[Array, "batch seq"],
+    *,
+    chunk: int = 256,
+    vocab_block: int | None = 2048,
+    groups: int = 1,
+) -> TokenStats:
+    """`log softmax(hidden @ head)` at the targets, in float32, in `O(chunk * vocab_block)` memory.
+
+    Args:
+        hidden: states that predict the targets (already shifted: `hidden[:, t]` predicts
+            `targets[:, t]`).
+        head: `[embed, vocab]`, an array or any `Weight`; `Tied(embedding)` for tied embeddings.
+        targets: token ids.
+        where: which tokens to compute; the others cost nothing and come out as 0.
+        chunk: tokens that go through the head at once.
+        vocab_block: vocabulary entries at once, None for all (where the head is sharded over the
+            vocabulary, or is a `Weight` that cannot be sliced).
+        groups: the number of shards of the batch axis, so that gathering tokens stays within a
+            device. It divides the batch.
+
+    Returns:
+        `TokenStats` of `[batch, seq]` arrays.
+    """
+    batch, seq, embed = hidden.shape
+    tokens = batch * seq // groups
+    chunk = min(chunk, tokens)
+    if not isinstance(head, Tied | jax.Array):
+        vocab_block = None
+    grouped = functools.partial(jnp.reshape, shape=(groups, tokens))
+    order = jnp.argsort(~grouped(where), axis=1, stable=True)
+    num_chunks = -(-jnp.max(jnp.sum(grouped(where), axis=1)) // chunk)
+    padding = ((0, 0), (0, -tokens % chunk))
+    x = _take(hidden.reshape(groups, tokens, embed), jnp.pad(order, padding))
+    t = jnp.take_along_axis(grouped(targets), order, axis=1)
+    stats = _chunked(_Static(chunk, vocab_block), x, head, jnp.pad(t, padding), num_chunks)
+    inverse = jnp.argsort(order, axis=1)
+    back = (jnp.take_along_axis(stat[:, :tokens], inverse, axis=1) for stat in stats)
+    return TokenStats(*(jnp.where(where, stat.reshape(batch, seq), 0.0) for stat in back))
+
+
+def logits(hidden: Float[Array, "*rows embed"], head: Head) -> Float[Array, "*rows vocab"]:
+    """All the logits in float32, for a few positions: sampling, small checks."""
+    flat = hidden.reshape(-1, hidden.shape[-1]) @ head
+    return flat.astype(jnp.float32).reshape(*hidden.shape[:-1], -1)
+
+
+class _Static(NamedTuple):
+    chunk: int
+    vocab_block: int | None
+
+
+def _take(x: Float[Array, "groups tokens embed"], order: Int[Array, "groups n"]) -> Array:
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(static: _Static, x, head, targets, num_chunks):
+    return _forward(static, x, head, targets, num_chunks, with_mean=False)[0]
+
+
+def _chunked_fwd(static: _Static, x, head, targets, num_chunks):
+    is_primal = lambda node: isinstance(node, CustomVJPPrimal)  # noqa: E731
+    trained = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=is_primal))
+    head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=is_primal)
+    args = x.value, head, targets.value, num_chunks.value
+    out, mean_row = _forward(static, *args, with_mean=not trained)
+    return out, (args, out[1], mean_row)
+
+
+def _chunked_bwd(static: _Static, residuals, cotangents):
+    (x, head, targets, num_chunks), lse, mean_row = residuals
+    g_logprobs, g_lse = (
+        jnp.zeros_like(lse) if isinstance(g, SymbolicZero) else g for g in cotangents[:2]
+    )
+    if mean_row is None:
+        dx, dhead = _backward(static, x, head, targets, num_chunks, lse, g_logprobs, g_lse)
+        return dx, dhead, None, None
+    # Frozen head. With E[row] the mean of the head's rows under the model's distribution:
+    # d logp(target) / dx = row(target) - E[row],  d logsumexp / dx = E[row].
+    rows = _target_rows(head, targets, x, static.chunk)
+    dx = g_logprobs[..., None] * rows + (g_lse - g_logprobs)[..., None] * mean_row
+    return dx.astype(x.dtype), None, None, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
+
+
+def _forward(static: _Static, x, head, targets, num_chunks, *, with_mean: bool):
+    """Log-prob, logsumexp and correctness of every token; the mean head row too, for the gradient."""
+    groups, tokens, embed = x.shape
+    rows = groups * static.chunk
+
+    def one_chunk(i, out):
+        xc = _chunk_of(x, i, static.chunk).reshape(rows, embed)
+        tc = _chunk_of(targets, i, static.chunk).reshape(rows)
+
+        def one_block(carry, start, size):
+            top, total, target_logit, mean = carry
+            block = _slice(head, start, size)
+            scores = _scores(xc, block)
+            new_top = jnp.maximum(top, scores.max(axis=1))
+            shift, p = jnp.exp(top - new_top), jnp.exp(scores - new_top[:, None])
+            at = tc - start
+            here = jnp.take_along_axis(scores, jnp.clip(at, 0, size - 1)[:, None], axis=1)[:, 0]
+            target_logit = jnp.where((at >= 0) & (at < size), here, target_logit)
+            if with_mean:
+                mean = mean * shift[:, None] + _pull(p.astype(x.dtype), block, xc)
+            return new_top, total * shift + p.sum(axis=1), target_logit, mean
+
+        zeros = jnp.zeros(rows, jnp.float32)
+        mean = jnp.zeros((rows, embed), jnp.float32) if with_mean else None
+        carry = (jnp.full(rows, -jnp.inf, jnp.float32), zeros, zeros, mean)
+        top, total, target_logit, mean = _over_blocks(one_block, carry, head, static.vocab_block)
+        lse = top + jnp.log(total)
+        new = (target_logit - lse, lse, (target_logit >= top).astype(jnp.float32))
+        new += (mean / total[:, None],) if with_mean else ()
+        return tuple(
+            lax.dynamic_update_slice_in_dim(
+                old, part.reshape(groups, static.chunk, *old.shape[2:]), i * static.chunk, axis=1
+            )
+            for old, part in zip(out, new, strict=True)
+        )
+
+    scalars = (jnp.zeros((groups, tokens), jnp.float32),) * 3
+    means = (jnp.zeros((groups, tokens, embed), jnp.float32),) if with_mean else ()
+    logprobs, lse, correct, *mean_row = lax.fori_loop(0, num_chunks, one_chunk, scalars + means)
+    return (logprobs, lse, correct), mean_row[0] if with_mean else None
+
+
+def _backward(static: _Static, x, head, targets, num_chunks, lse, g_logprobs, g_lse):
+    """Gradients of hidden states and of a trained head; the scores are computed once more."""
+    groups, _, embed = x.shape
+    rows = groups * static.chunk
+
+    def one_chunk(i, grads):
+        xc = _chunk_of(x, i, static.chunk).reshape(rows, embed)
+        tc, lc, gp, gl = (
+            _chunk_of(a, i, static.chunk).reshape(rows) for a in (targets, lse, g_logprobs, g_lse)
+        )
+
+        def one_block(carry, start, size):
+            dxc, dhead = carry
+            scores, pull = jax.vjp(_scores, xc, _slice(head, start, size))
+            hit = (tc[:, None] - start) == jnp.arange(size)
+            g = (gl - gp)[:, None] * jnp.exp(scores - lc[:, None]) + jnp.where(
+                hit, gp[:, None], 0.0
+            )
+            more_x, more_head = pull(g)
+            return dxc + more_x.astype(jnp.float32), _add_slice(dhead, more_head, start)
+
+        dx, dhead = grads
+        zeros = jnp.zeros((rows, embed), jnp.float32)
+        dxc, dhead = _over_blocks(one_block, (zeros, dhead), head, static.vocab_block)
+        dxc = dxc.reshape(groups, static.chunk, embed)
+        return lax.dynamic_update_slice_in_dim(dx, dxc, i * static.chunk, axis=1), dhead
+
+    start = jnp.zeros(x.shape, jnp.float32), jax.tree.map(jnp.zeros_like, head)
+    dx, dhead = lax.fori_loop(0, num_chunks, one_chunk, start)
+    return dx.astype(x.dtype), dhead
+
+
+def _chunk_of(a: Array, i: Array, chunk: int) -> Array:
+    return lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1)
+
+
+def _over_blocks(f, carry, head: Head, size: int | None):
+    """Folds `f(carry, start, size)` over the blocks of the vocabulary; the last may be shorter."""
+    vocab = head.shape[-1]
+    size = min(size or vocab, vocab)
+    whole, rest = divmod(vocab, size)
+    carry = lax.fori_loop(0, whole, lambda i, c: f(c, i * size, size), carry)
+    return f(carry, whole * size, rest) if rest else carry
+
+
+def _slice(head: Head, start: Array | int, size: int) -> Head:
+    if size == head.shape[-1]:
+        return head
+    if isinstance(head, Tied):
+        return Tied(lax.dynamic_slice_in_dim(head.embedding, start, size, axis=0))
+    return lax.dynamic_slice_in_dim(head, start, size, axis=1)
+
+
+def _add_slice(total: Head, part: Head, start: Array | int) -> Head:
+    def add(whole, piece, axis):
+        size = piece.shape[axis]
+        if size == whole.shape[axis]:
+            return whole + piece
+        old = lax.dynamic_slice_in_dim(whole, start, size, axis)
+        return lax.dynamic_update_slice_in_dim(whole, old + piece, start, axis)
+
+    axis = 0 if isinstance(total, Tied) else -1
+    return jax.tree.map(lambda whole, piece: add(whole, piece, axis % whole.ndim), total, part)
+
+
+def _scores(x: Float[Array, "rows embed"], block: Head) -> Float[Array, "rows vocab"]:
+    """`x @ block`, accumulated and kept in float32 where the head is a plain matrix."""
+    if isinstance(block, Tied | jax.Array):
+        matrix, axis = (block.embedding, 1) if isinstance(block, Tied) else (block, 0)
+        return lax.dot_general(
+            x,
+            matrix.astype(x.dtype),
+            (((1,), (axis,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+    return (x @ block).astype(jnp.float32)
+
+
+def _pull(g: Float[Array, "rows vocab"], block: Head, x: Float[Array, "rows embed"]) -> Array:
+    """`g @ block.T` in float32, for any kind of head."""
+    if isinstance(block, Tied | jax.Array):
+        matrix, axis = (block.embedding, 0) if isinstance(block, Tied) else (block, 1)
+        return lax.dot_general(
+            g,
+            matrix.astype(g.dtype),
+            (((1,), (axis,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+    _, pull = jax.vjp(lambda x: x @ block, x)
+    return pull(g)[0].astype(jnp.float32)
+
+
+def _target_rows(head: Head, targets: Int[Array, "groups tokens"], x: Array, chunk: int) -> Array:
+    """The head's row of every target, `[groups, tokens, embed]` in float32."""
+    if isinstance(head, Tied):
+        rows = head.embedding[targets]
+    elif isinstance(head, jax.Array):
+        rows = jnp.moveaxis(head[:, targets], 0, -1)
+    else:  # a Weight need not know how to index itself: products with one-hot rows, by chunks
+        like = jnp.zeros((chunk, x.shape[-1]), x.dtype)
+        hot = lambda t: jax.nn.one_hot(t, head.shape[-1], dtype=x.dtype)  # noqa: E731
+        rows = lax.map(lambda t: _pull(hot(t), head, like), targets.reshape(-1, chunk))
+    return rows.astype(jnp.float32).reshape(x.shape)

@@ -1,0 +1,118 @@
+"""A policy: a model and what trains on it, as the pure functions that losses ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from trainjax.models import Model
+from trainjax.nn import Decoder, head
+from trainjax.ops.vocab import TokenStats, token_stats
+from trainjax.parallel.rules import num_row_shards
+from trainjax.types import Batch, Params, Peft
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """`policy(params, batch) -> TokenStats`: a token's log-probability given those before it.
+
+    A pytree around the frozen weights, which a jitted step so takes as inputs.
+
+    Attributes:
+        base: frozen weights that the adapter goes on; None where the params are the whole model.
+        module: the Flax module.
+        peft: how the adapter is attached; None in full fine-tuning and for a plain model.
+    """
+
+    base: Params | None
+    module: Decoder = dataclasses.field(metadata={"static": True})
+    peft: Peft | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __call__(
+        self,
+        params: Params | None,
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        where: Bool[Array, "batch seq"] | None = None,
+    ) -> TokenStats:
+        """Log-probabilities of the batch's own tokens.
+
+        Args:
+            params: the adapter, the full params, or None for the base alone.
+            batch: `tokens`, and `segments` and `positions` if rows are packed.
+            key: turns dropout on.
+            where: the tokens wanted; the head does no work for others. By default all.
+
+        Returns:
+            Stats aligned with `tokens`: entry `[b, t]` is of `tokens[b, t]`. The first token of a
+            row is nobody's target: its entry is 0.
+        """
+        weights = self.attached(params, key)
+        hidden = self._hidden(weights, batch)
+        tokens = batch["tokens"]
+        where = jnp.ones(tokens.shape, bool) if where is None else where
+        mesh = self.module.mesh
+        shards = num_row_shards(mesh)
+        vocab_is_split = mesh is not None and mesh.shape["tensor"] > 1
+        stats = token_stats(
+            hidden,
+            head(self.module.config, weights),
+            _shifted(tokens),
+            _shifted(where).at[:, -1].set(False),
+            groups=shards if tokens.shape[0] % shards == 0 else 1,
+            vocab_block=None if vocab_is_split else 2048,
+        )
+        return TokenStats(*(jnp.roll(stat, 1, axis=1) for stat in stats))
+
+    def attached(self, params: Params | None, key: PRNGKeyArray | None = None) -> Params:
+        """The weights of the forward pass: base and adapter, or whichever there is."""
+        if params is None:
+            return self.base
+        if self.peft is None:
+            return params
+        return self.peft.attach(self.base, params, key)
+
+    def hidden(
+        self, params: Params | None, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch seq embed"]:
+        """Final hidden states, for losses and heads that do not go through the vocabulary."""
+        return self._hidden(self.attached(params, key), batch)
+
+    def _hidden(self, weights: Params, batch: Batch) -> Array:
+        tokens = batch["tokens"]
+        positions = batch.get("positions")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        variables = {"params": weights}
+        return self.module.apply(variables, tokens, positions, batch.get("segments"))[0]
+
+
+def policy(model: Model, method: Peft | None = None) -> Policy:
+    """The policy that trains: `method`'s adapter on the model, or the whole model without one."""
+    return Policy(None if method is None else model.params, model.module, method)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """`reference(batch) -> TokenStats`: a frozen policy, with nothing random and no gradient."""
+
+    policy: Policy
+    params: Any = None
+
+    def __call__(self, batch: Batch, where: Bool[Array, "batch seq"] | None = None) -> TokenStats:
+        return jax.lax.stop_gradient(self.policy(self.params, batch, where=where))
+
+
+def reference(model: Model) -> Reference:
+    """The model itself as the reference: the policy's base, so no second copy of anything."""
+    return Reference(Policy(model.params, model.module))
+
+
+def _shifted(x: Array) -> Array:
+    return jnp.roll(x, -1, axis=1)

@@ -1,0 +1,106 @@
+"""One optimizer step: gradients over micro-batches, the update, and the metrics, as one program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from trainjax import tree
+from trainjax.train.state import TrainState
+from trainjax.types import Batch, Loss, Metrics, Params
+
+Step = Callable[[TrainState, Loss, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
+    """The jitted `step(state, loss, batch) -> (state, metrics)`; the state is donated.
+
+    The batch is cut into `accumulate` micro-batches whose gradients are added. Its weights are
+    normalised over the whole batch, so the result does not depend on the number. The loss is an
+    input: other coefficients, references or base weights of equal shape run the same program.
+
+    Metrics, all on the device: the loss's own, `loss`, `grad_norm` (global norm before the
+    optimizer's clipping), and `is_finite`. Where loss or gradients are not finite the params and the
+    optimizer state stay as they were, so that a run can stop on good weights.
+
+    Args:
+        tx: an Optax chain.
+        accumulate: number of micro-batches; it divides the rows of the batch.
+
+    Raises:
+        ValueError: rows that `accumulate` does not divide.
+    """
+
+    def step(state: TrainState, loss: Loss, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, metrics = _gradients(loss, state.params, batch, key, accumulate)
+        grad_norm = optax.global_norm(grads)
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(is_finite, new, old)  # noqa: E731
+        new = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            key=state.key,
+        )
+        return new, metrics | {"grad_norm": grad_norm, "is_finite": is_finite}
+
+    return _with_fixed_layout(step)
+
+
+def _gradients(
+    loss: Loss, params: Params, batch: Batch, key: Any, accumulate: int
+) -> tuple[Params, Metrics]:
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def one(batch: Batch, key: Any) -> tuple[Params, Metrics]:
+        (value, metrics), grads = gradient(params, batch, key)
+        return grads, metrics | {"loss": value}
+
+    if accumulate == 1:
+        return one(batch, key)
+    micro = jax.tree.map(lambda x: _split(x, accumulate), batch)
+    keys = jax.random.split(key, accumulate)
+    first = jax.tree.map(lambda x: x[0], micro)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, keys[0]))
+
+    def add(total: Any, part: tuple[Batch, Any]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(*part)), None
+
+    return jax.lax.scan(add, zeros, (micro, keys))[0]
+
+
+def _split(x: Array, parts: int) -> Array:
+    """`[rows, ...] -> [parts, rows / parts, ...]`, each part taking every `parts`-th row.
+
+    Rows are split over devices in contiguous pieces; taken so, a micro-batch needs none moved.
+    """
+    if x.shape[0] % parts:
+        raise ValueError(f"accumulate={parts} does not divide a batch of {x.shape[0]} rows")
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def _with_fixed_layout(step: Step) -> Step:
+    """Jits the step so that the new state is laid out over devices exactly as the old one.
+
+    Left to itself the compiler may choose another layout for some output, and the second call would
+    then be a second program.
+    """
+    programs: dict[Any, Step] = {}
+
+    def run(state: TrainState, loss: Loss, batch: Batch) -> tuple[TrainState, Metrics]:
+        layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+        leaves, structure = jax.tree.flatten(layout)
+        key = structure, tuple(leaves)
+        if key not in programs:
+            programs[key] = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+        return programs[key](state, loss, batch)
+
+    return run

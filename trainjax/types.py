@@ -1,0 +1,170 @@
+"""The contracts that every part of trainjax meets: batch, weight, loss, adapter method, checkpoint.
+
+A reader who knows these five knows the library. Everything else is a pure function over them.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+Params = PyTree
+"""A nested dict whose leaves are arrays or `Weight`s. A name is the keys joined by `/`."""
+
+Metrics = dict[str, Array]
+"""Scalars by name, each a weighted sum over the batch: micro-batches and devices add up."""
+
+Batch = Mapping[str, Any]
+"""Arrays by name, rows first. The keys that the library reads:
+
+| key         | shape          | meaning                                                              |
+|-------------|----------------|----------------------------------------------------------------------|
+| `tokens`    | `[batch, seq]` | int32 token ids, padding included                                    |
+| `segments`  | `[batch, seq]` | int32: 1, 2, ... for the examples packed in a row, 0 for padding     |
+| `positions` | `[batch, seq]` | int32, restarts at 0 in every segment                                |
+| `weights`   | `[batch, seq]` | float32 weight of the token *as a target*; sums to 1 over the batch  |
+| `rows`      | `[batch, seq]` | int32, the row of the source a token comes from, -1 for padding      |
+"""
+
+
+class Weight(abc.ABC):
+    """A leaf of the params that knows `x @ w`: a low-rank update, a quantised matrix, a pruned one.
+
+    A subclass is a final, registered dataclass of arrays with the leading axes of the array that it
+    stands for, so it passes through `nn.scan`, `jit`, `vmap` and sharding as that array does. Layers
+    do not know which kind they hold.
+    """
+
+    @abc.abstractmethod
+    def __rmatmul__(self, x: Array) -> Array:
+        """`x @ w` for `x` of shape `[rows, in]`, computed and returned in x's dtype."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix that it stands for, leading axes included."""
+
+
+class PeftFiles(NamedTuple):
+    """An adapter in the format of the PEFT library.
+
+    Attributes:
+        fields: what `adapter_config.json` says.
+        tensors: `<module>.lora_A.weight` and the like, without the prefix `base_model.model.`.
+    """
+
+    fields: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+
+class Peft(NamedTuple):
+    """A parameter-efficient method as pure functions, in the manner of an Optax transform.
+
+    Attributes:
+        init: `(key, params) -> adapter`: the arrays that train, in float32.
+        attach: `(params, adapter, key=None) -> params`: the params of the forward pass. `key` turns
+            on what is random in training (dropout). At init it computes the base's function.
+        merge: `(params, adapter) -> params` with plain arrays, for export.
+        export: `(adapter, modules) -> PeftFiles`, where `modules` names PEFT's module for each of
+            our matrices. Its inverse is the function `from_peft` of the method's file.
+    """
+
+    init: Callable[[PRNGKeyArray, Params], Params]
+    attach: Callable[..., Params]
+    merge: Callable[[Params, Params], Params]
+    export: Callable[[Params, Mapping[str, str]], PeftFiles]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss with the arrays that it needs: `loss(params, batch, key) -> (scalar, metrics)`.
+
+    A pytree, so base weights, references and coefficients are inputs of a jitted step and not
+    constants in it: a new coefficient does not retrace. Losses compose: `dpo + 0.1 * sft + ewc`.
+
+    Attributes:
+        fn: pure and module-level: `(inputs, params, batch, key) -> (scalar, metrics)`.
+        inputs: a pytree of the arrays, policies or losses that `fn` needs.
+    """
+
+    fn: Callable[..., tuple[Array, Metrics]] = dataclasses.field(metadata={"static": True})
+    inputs: Any
+
+    def __call__(
+        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> tuple[Array, Metrics]:
+        return self.fn(self.inputs, params, batch, key)
+
+    def __add__(self, other: Loss) -> Loss:
+        if not isinstance(other, Loss):
+            return NotImplemented
+        return Loss(_sum, (self, other))
+
+    def __mul__(self, weight: float | Array) -> Loss:
+        if isinstance(weight, Loss):
+            return NotImplemented
+        return Loss(
+            _scale, (self, np.float32(weight) if isinstance(weight, int | float) else weight)
+        )
+
+    __rmul__ = __mul__
+
+    def named(self, name: str) -> Loss:
+        """The same loss with `name/` before each of its metrics, for sums of two of a kind."""
+        return Loss(_Prefix(name), self)
+
+
+def _sum(losses: tuple[Loss, Loss], params, batch, key) -> tuple[Array, Metrics]:
+    keys = (None, None) if key is None else jax.random.split(key)
+    (first, metrics), (second, more) = (
+        loss(params, batch, k) for loss, k in zip(losses, keys, strict=True)
+    )
+    if both := sorted(metrics.keys() & more.keys()):
+        raise ValueError(
+            f"two terms of a loss report the metrics {both}; tell them apart with loss.named('...')"
+        )
+    return first + second, metrics | more
+
+
+def _scale(inputs: tuple[Loss, Array], params, batch, key) -> tuple[Array, Metrics]:
+    loss, weight = inputs
+    value, metrics = loss(params, batch, key)
+    return weight * value, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefix:
+    name: str
+
+    def __call__(self, loss: Loss, params, batch, key) -> tuple[Array, Metrics]:
+        value, metrics = loss(params, batch, key)
+        return value, {f"{self.name}/{key}": metric for key, metric in metrics.items()}
+
+
+class Checkpoint(Protocol):
+    """A model's files as they come from the ecosystem, read one tensor at a time.
+
+    Names and layouts are those of `transformers`: `model.layers.0.mlp.up_proj.weight` is `[out, in]`.
+    """
+
+    config: dict[str, Any]
+    """The contents of `config.json` (made from the metadata where the format has none)."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors by name, without reading them."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, on the host. Only this tensor is in memory."""
+        ...
+
+    def tokenizer(self) -> Any | None:
+        """The `PreTrainedTokenizerFast`, with its chat template, or None where there is none."""
+        ...
