@@ -12,6 +12,6 @@ from jaxtyping import install_import_hook
 
 install_import_hook("trainjax", "beartype.beartype")
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

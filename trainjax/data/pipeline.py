@@ -239,7 +239,8 @@ class Loader(Iterator[Batch]):
 
 def one_epoch(examples: Examples, plan: Plan, mesh: Mesh | None = None) -> Iterator[Batch]:
     """Every example once, for evaluation: the weights sum to 1 over all batches together, so the sum
-    of the batches' losses is the loss on the data."""
+    of the batches' losses is the loss on the data.
+    """
     total = total_weight(examples, plan, list(range(len(examples))))
     rows = own_rows(plan.batch_size, mesh)
     for batch in plan.epoch(examples, 0):

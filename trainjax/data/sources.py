@@ -178,7 +178,8 @@ class _TfdsRows:
 
 def _plain(value: Any) -> Any:
     """TFDS features as JSON has them: text for bytes, lists for arrays, a list of dicts for a
-    sequence of features (which TFDS gives as a dict of arrays)."""
+    sequence of features (which TFDS gives as a dict of arrays).
+    """
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, np.ndarray):

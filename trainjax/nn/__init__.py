@@ -1,5 +1,6 @@
 """Flax Linen layers of a decoder. They read their weights from the params and multiply; a weight may
-be an array or any `trainjax.types.Weight`, and no layer knows which."""
+be an array or any `trainjax.types.Weight`, and no layer knows which.
+"""
 
 from trainjax.nn.decoder import Cache, Decoder, DecoderConfig, head, init_cache
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from trainjax import tree
 from trainjax.train.state import TrainState
 from trainjax.types import Batch, Loss, Metrics, Params
 
