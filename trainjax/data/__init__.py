@@ -9,16 +9,19 @@ from jax.sharding import Mesh
 
 from trainjax.data.encode import Examples, drop, encode, refuse, truncate
 from trainjax.data.packing import Pack, best_fit, unpacked
-from trainjax.data.pipeline import Loader, Plan, one_epoch, sequence_mean, token_mean
+from trainjax.data.pipeline import Loader, Plan, fill, one_epoch, sequence_mean, token_mean
 from trainjax.data.sources import Source, read
 
 __all__ = [
+    "Pack",
+    "Source",
     "Examples",
     "Loader",
     "Plan",
     "best_fit",
     "drop",
     "encode",
+    "fill",
     "one_epoch",
     "read",
     "refuse",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,7 +48,8 @@ class Examples:
         offsets: where each row starts; one more than rows.
         rows: number of each in the source.
         truncated: how many were cut at `max_length`.
-        dropped: how many were left out, because too long or because no target was left.
+        too_long: how many were left out because they were longer than `max_length`.
+        without_target: how many were left out because no target was left in them.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -54,7 +57,8 @@ class Examples:
     offsets: Int[np.ndarray, " examples_and_1"]
     rows: Int[np.ndarray, " examples"]
     truncated: int = 0
-    dropped: int = 0
+    too_long: int = 0
+    without_target: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,6 +67,22 @@ class Examples:
     def lengths(self) -> Int[np.ndarray, " examples"]:
         """Tokens of each example."""
         return np.diff(self.offsets)
+
+    def summary(self) -> str:
+        """One line of what there is, and what was cut or left out."""
+        parts = [f"{len(self)} examples, {len(self.tokens)} tokens, {self.trained.mean():.0%} trained on"]
+        if self.truncated:
+            parts.append(f"{self.truncated} cut to the longest length")
+        if self.too_long:
+            parts.append(f"{self.too_long} left out as too long")
+        if self.without_target:
+            parts.append(f"{self.without_target} left out: no completion within that length")
+        return "; ".join(parts)
+
+    def fingerprint(self) -> str:
+        """Eight hex digits of all tokens and masks."""
+        arrays = (self.tokens, self.trained, self.offsets)
+        return f"{functools.reduce(lambda sum_, a: zlib.crc32(a.tobytes(), sum_), arrays, 0):08x}"
 
     def slice_of(self, example: int) -> slice:
         """Where an example's tokens are."""
@@ -96,12 +116,15 @@ def encode(
         ValueError: unknown columns, a row that cannot be read (by number), no target in any row.
     """
     pieces: list[tuple[np.ndarray, np.ndarray, int]] = []
-    truncated = dropped = 0
+    truncated = left_out = without_target = 0
     for start, rendered in _rendered_chunks(source, tokenizer, template):
         for number, ids, trained in _tokenized(start, rendered, tokenizer):
             keep = _at_row(number, too_long, len(ids), max_length)
-            if keep is None or not trained[:keep].any():
-                dropped += 1
+            if keep is None:
+                left_out += 1
+                continue
+            if not trained[:keep].any():
+                without_target += 1
                 continue
             truncated += keep < len(ids)
             pieces.append((ids[:keep], trained[:keep], number))
@@ -113,9 +136,8 @@ def encode(
         )
     ids, trained, rows = zip(*pieces, strict=True)
     offsets = np.cumsum([0, *map(len, ids)])
-    return Examples(
-        np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), truncated, dropped
-    )
+    counts = truncated, left_out, without_target
+    return Examples(np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), *counts)
 
 
 def _rendered_chunks(

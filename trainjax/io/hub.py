@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from trainjax.io.fetch import CATALOG, fetched
 from trainjax.io.folder import HfFolder
 from trainjax.io.gguf import GgufFile
+from trainjax.tree import nearest
 from trainjax.types import Checkpoint
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model")  # never *.bin, never *.py
@@ -16,24 +18,29 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """The files of a model.
 
     Args:
-        source: a folder, a `.gguf` file, or an id such as `HuggingFaceTB/SmolLM2-135M-Instruct`,
-            which is downloaded once to the hub's own cache.
+        source: a folder, a `.gguf` file, a name of `fetch.CATALOG` that was fetched, or an id such as
+            `HuggingFaceTB/SmolLM2-135M-Instruct`, which is downloaded once to the hub's own cache.
 
     Raises:
         ValueError: nothing of that name, or a hub that cannot be reached.
     """
-    path = Path(source).expanduser()
+    path = fetched(str(source)) or Path(source).expanduser()
     if path.is_dir():
-        return HfFolder(path)
+        files = sorted(path.glob("*.gguf"))
+        if files and not (path / "config.json").is_file():
+            path = files[0]
+        else:
+            return HfFolder(path)
     if path.is_file() and path.suffix == ".gguf":
         return GgufFile(path)
     if path.is_file():
-        raise ValueError(
-            f"{path} is a file, but not a .gguf; give a model's folder or a .gguf file"
-        )
+        raise ValueError(f"{path} is a file, but not a .gguf; give a model's folder or a .gguf file")
+    if str(source) in CATALOG:
+        raise ValueError(f"{source} is not on this machine yet: trainjax fetch {source}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise ValueError(
-            f"no model at {str(source)!r}: give a folder, a .gguf file or a hub id (owner/name)"
+            f"there is no model {str(source)!r}: give a folder, a .gguf file, a hub id (owner/name) or "
+            f"one of {', '.join(CATALOG)}{nearest(str(source), CATALOG)}"
         )
     return HfFolder(_download(str(source)))
 

@@ -289,9 +289,9 @@ def from_peft(
         found = {}
         for index in np.ndindex(*w.shape[:-2]):
             full = tree.numbered(name, index)
-            module = modules.get(full)
+            module = modules.get(full, "")
             factors = [tensors.pop(f"{module}.lora_{part}.weight", None) for part in "AB"]
-            if module is None or factors == [None, None]:
+            if all(factor is None for factor in factors):
                 continue
             found[index] = _checked_factors(module, factors, w.shape[-2:])
             ranks[full] = found[index][0].shape[1]

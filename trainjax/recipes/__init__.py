@@ -1,0 +1,1 @@
+"""Jobs, one file each: a frozen dataclass `Config` and `main(config)`. The command line finds them."""

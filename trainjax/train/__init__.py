@@ -1,6 +1,8 @@
-"""Training: the state, the jitted step, and a loop that a user may copy."""
+"""Training: the state, the jitted step, checkpoints, and a loop that a user may copy."""
 
+from trainjax.train.checkpoint import Checkpoints
+from trainjax.train.fit import NotFinite, Stopped, evaluator, fit
 from trainjax.train.state import TrainState, init
 from trainjax.train.step import make_step
 
-__all__ = ["TrainState", "init", "make_step"]
+__all__ = ["Checkpoints", "NotFinite", "Stopped", "TrainState", "evaluator", "fit", "init", "make_step"]

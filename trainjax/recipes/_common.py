@@ -1,0 +1,165 @@
+"""What recipes share: groups of flags, and the one place where names in flags meet functions."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from trainjax import data, parallel, peft, train
+from trainjax.models import Model, load
+from trainjax.nn import remat
+from trainjax.train import metrics
+from trainjax.types import Peft
+
+DTYPES: Mapping[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+PACKING: Mapping[str, data.Pack] = {"best-fit": data.best_fit, "none": data.unpacked}
+TOO_LONG = {"truncate": data.truncate, "drop": data.drop, "error": data.refuse}
+REMAT = {
+    "full": remat.full,
+    "attention": remat.attention,
+    "projections": remat.projections,
+    "none": None,
+}
+WEIGHTS = {"token": data.token_mean, "sequence": data.sequence_mean}
+
+DtypeName = Literal["float32", "bfloat16"]
+PackingName = Literal["best-fit", "none"]
+TooLongName = Literal["truncate", "drop", "error"]
+RematName = Literal["full", "attention", "projections", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """The adapter."""
+
+    rank: int = 16
+    """Inner size of the low-rank update."""
+    alpha: float = 32.0
+    """Numerator of its scale, alpha / rank."""
+    target: str = peft.ALL_LINEAR
+    """Regex of the matrices that get one, over names such as layers/attention/query/kernel."""
+    dropout: float = 0.0
+    """On the update's input, in training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+
+    def method(self) -> Peft:
+        """The adapter's functions."""
+        return peft.lora(
+            self.rank, self.alpha, self.target, rslora=self.rslora, dropout=self.dropout
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are used; their product is the number of devices, and -1 is what is left."""
+
+    data: int = 1
+    """Copies of the model, each with its part of the batch."""
+    fsdp: int = -1
+    """Shards of every weight, each with its part of the batch."""
+    tensor: int = 1
+    """Shards of every matrix product."""
+
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh of all devices."""
+        return parallel.mesh(self.data, self.fsdp, self.tensor)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: DtypeName | None = None,
+    adapter: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    remat: RematName = "full",
+) -> Model:
+    """A model as a flag names it; one dtype for weights and arithmetic, or what suits the platform."""
+    kind = None if dtype is None else DTYPES[dtype]
+    return load(
+        name, mesh=mesh, dtype=kind, compute_dtype=kind, adapter=adapter, remat=REMAT[remat]
+    )
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Writes a recipe's settings, all of them, as YAML that `--config` reads back."""
+    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def say(text: str) -> None:
+    """A word to the user, beside the output proper."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def claim_folder(out: Path, *, resume: bool) -> None:
+    """Makes the run's folder, or says at once why it cannot be used.
+
+    Raises:
+        ValueError: it holds another run and this one does not continue it.
+        OSError: it cannot be written.
+    """
+    if not resume and any((out / name).exists() for name in ("config.yaml", "checkpoints", "adapter")):
+        raise ValueError(f"{out} holds another run; continue it with --resume, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
+
+
+def resumed(
+    state: train.TrainState,
+    saved: train.Checkpoints,
+    loader: data.Loader,
+    settings: Mapping[str, Any],
+    *,
+    wanted: bool,
+) -> tuple[train.TrainState, int]:
+    """The state to begin with and the tokens seen before it; the loader is moved to its place.
+
+    Raises:
+        ValueError: the checkpoint is of a run with other settings; both values are named.
+    """
+    found = saved.restore(state) if wanted else None
+    if found is None:
+        if wanted:
+            say(f"no checkpoint in {saved.directory}: starting from the beginning")
+        return state, 0
+    before = found.extra["settings"]
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"the run in {saved.directory.parent} had {name}={before.get(name)!r}, now it is "
+                f"{value!r}; resume with the same, or start another run with another --out"
+            )
+    loader.set_state(found.extra["batches"])
+    say(f"resuming after step {found.step}")
+    return found.state, found.extra["num_tokens"]
+
+
+@contextlib.contextmanager
+def sinks(
+    out: Path, steps: int, done: int, tensorboard: bool, wandb: str | None
+) -> Iterator[list[metrics.Sink]]:
+    """Where a run's records go: `metrics.jsonl` and the terminal, and what else is asked for."""
+    with contextlib.ExitStack() as stack:
+        to = [stack.enter_context(metrics.jsonl(out / "metrics.jsonl", after_step=done))]
+        to.append(stack.enter_context(metrics.progress(steps, done)))
+        if tensorboard:
+            to.append(stack.enter_context(metrics.tensorboard(out / "tensorboard")))
+        if wandb:
+            to.append(stack.enter_context(metrics.wandb(project=wandb, name=out.name, dir=str(out))))
+        yield to

@@ -1,0 +1,33 @@
+"""Put an adapter into its model's weights, as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from trainjax import models
+from trainjax.recipes import _common as common
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Writes a model folder whose weights are the base's with the adapter added."""
+
+    model: str
+    """The base that the adapter was trained on."""
+    adapter: Path
+    """The adapter's folder, in PEFT's format."""
+    out: Path
+    """Folder to write; it must not exist yet."""
+    dtype: common.DtypeName | None = None
+    """Of the weights written; by default as the base's are stored."""
+    other_base: bool = False
+    """Accept an adapter that was trained on another base of the same shape."""
+
+
+def main(config: Config) -> None:
+    """Runs the job."""
+    model = common.load_model(config.model, dtype=config.dtype)
+    method, adapter = models.load_adapter(config.adapter, model, other_base=config.other_base)
+    models.save_model(config.out, model, method.merge(model.params, adapter))
+    print(config.out)

@@ -1,0 +1,205 @@
+"""Checkpoints of a run: written beside the training by Orbax, whole or not at all, and checked.
+
+Every checkpoint carries a checksum of each of its files, written before the checkpoint gets its final
+name. What a disk or a copy has damaged since is noticed when it is read, named, and passed over for
+the one before it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from trainjax import tree
+from trainjax.train.state import TrainState
+
+_MANIFEST = "manifest.json"
+_NOT_SUMMED = {_MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax writes these last
+_log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gave back.
+
+    Attributes:
+        state: laid out over devices as the state that it was restored into.
+        extra: the JSON that was saved with it: position in the data, settings.
+        step: the steps that it had done.
+    """
+
+    state: TrainState
+    extra: dict[str, Any]
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints in one folder.
+
+    Args:
+        directory: where they are; made if it is not there.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(self, directory: Path | str, keep: int = 3) -> None:
+        self.directory = Path(directory).absolute()
+        self._saving = -1
+        self._arrays: dict[str, list[int]] = {}
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "extra": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
+        )
+
+    def save(self, state: TrainState, extra: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint of the state; returns once the arrays have been copied.
+
+        Raises:
+            OSError: the one before it could not be written (a full disk, a folder gone).
+        """
+        self.wait()
+        step = int(state.step)
+        self._saving, self._arrays = step, _shapes(state)
+        # A copy: training goes on and donates the state, while a thread still writes the arrays.
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_as_arrays(jax.tree.map(_copied, state))),
+            extra=ocp.args.JsonSave(dict(extra)),
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, state: TrainState) -> Restored | None:
+        """The newest sound checkpoint, laid out like `state`; None if there is none at all.
+
+        Args:
+            state: a fresh state: says which arrays are expected, and where they go.
+
+        Raises:
+            ValueError: there are checkpoints, but none is sound, or the newest sound one holds other
+                arrays than `state`; the message names them.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            damage = self._damage(step)
+            if not damage:
+                self._check_structure(step, state)
+                return self._read(step, state)
+            _log.warning("%s is damaged (%s); the one before it is used", self._path(step), damage)
+            self._path(step).rename(self.directory / f"{step}.damaged")
+            self._manager.reload()
+        if steps:
+            raise ValueError(f"all {len(steps)} checkpoints in {self.directory} are damaged")
+        return None
+
+    def newest(self) -> str:
+        """The path of the newest checkpoint that has been written, or `none`."""
+        self.wait()
+        step = self._manager.latest_step()
+        return "none" if step is None else str(self._path(step))
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+            OSError: the last checkpoint could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            reason = str(error).splitlines()[0][:300]
+            raise OSError(
+                f"the checkpoint of step {self._saving} could not be written to {self.directory}: {reason}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits for what is being written, then lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def _path(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _read(self, step: int, state: TrainState) -> Restored:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(_abstract, _as_arrays(state))),
+            extra=ocp.args.JsonRestore(),
+        )
+        found = self._manager.restore(step, args=items)
+        return Restored(_with_key_of(state, found.state), found.extra, step)
+
+    def _write_manifest(self) -> None:
+        """Called by Orbax when all files are there, before the folder gets its final name."""
+        for folder in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            manifest = {"arrays": self._arrays, "files": _checksums(folder)}
+            (folder / _MANIFEST).write_text(json.dumps(manifest))
+
+    def _damage(self, step: int) -> str:
+        """What is wrong with a checkpoint's files, or nothing."""
+        folder = self._path(step)
+        try:
+            expected = json.loads((folder / _MANIFEST).read_text())["files"]
+        except (OSError, json.JSONDecodeError) as error:
+            return f"its list of checksums cannot be read: {error}"
+        found = _checksums(folder)
+        for name, checksum in expected.items():
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != checksum:
+                return f"{name} is not what was written"
+        return ""
+
+    def _check_structure(self, step: int, state: TrainState) -> None:
+        there = json.loads((self._path(step) / _MANIFEST).read_text())["arrays"]
+        here = _shapes(state)
+        odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if odd:
+            raise ValueError(
+                f"{self._path(step)} was written by another configuration: {odd[0]} is "
+                f"{there.get(odd[0], 'not in it')}, this run has {here.get(odd[0], 'no such array')} "
+                f"({len(odd)} arrays differ)"
+            )
+
+
+def _shapes(state: TrainState) -> dict[str, list[int]]:
+    return {name: list(leaf.shape) for name, leaf in tree.flatten(_as_arrays(state)).items()}
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below a folder."""
+    sums = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not (file.parent == folder and file.name in _NOT_SUMMED):
+            checksum, size = 0, 0
+            with file.open("rb") as opened:
+                while block := opened.read(2**22):
+                    checksum, size = zlib.crc32(block, checksum), size + len(block)
+            sums[str(file.relative_to(folder))] = [size, checksum]
+    return sums
+
+
+def _as_arrays(state: TrainState) -> TrainState:
+    """The state with its random key as plain numbers, which any version of JAX reads back."""
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+def _with_key_of(state: TrainState, arrays: TrainState) -> TrainState:
+    return arrays._replace(key=jax.random.wrap_key_data(arrays.key, impl=jax.random.key_impl(state.key)))
+
+
+def _copied(leaf: jax.Array) -> jax.Array:
+    return leaf.copy()
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -1,0 +1,166 @@
+"""What a run reports: one record a step, to a file, TensorBoard, the terminal or a hook."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Record = Mapping[str, Any]
+"""`step` and the metrics of that step, as plain numbers."""
+
+Sink = Callable[[Record], None]
+"""Takes a record: writes it, shows it, sends it somewhere."""
+
+# Dense bf16 peak of one chip in FLOP/s, from the makers' data sheets; a substring of `device_kind`.
+_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "v6 lite": 918e12,
+    "v5p": 459e12,
+    "v5 lite": 197e12,
+    "v4": 275e12,
+}
+
+
+@contextlib.contextmanager
+def jsonl(path: Path, *, after_step: int = 0) -> Iterator[Sink]:
+    """A file with one JSON object a line. Records of later steps than `after_step` are removed first:
+    a resumed run writes them again, and equal ones at that.
+    """
+    kept = []
+    if path.exists():
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if _is_record(line) and json.loads(line)["step"] <= after_step]
+    path.write_text("".join(f"{line}\n" for line in kept))
+    with path.open("a", buffering=1) as file:
+        yield lambda record: print(json.dumps(dict(record)), file=file)
+
+
+def _is_record(line: str) -> bool:
+    """False for the half line that a killed process leaves."""
+    try:
+        return "step" in json.loads(line)
+    except json.JSONDecodeError:
+        return False
+
+
+@contextlib.contextmanager
+def tensorboard(directory: Path) -> Iterator[Sink]:
+    """Scalars for TensorBoard."""
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(directory)) as writer:
+
+        def write(record: Record) -> None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    writer.add_scalar(name, value, record["step"])
+
+        yield write
+
+
+@contextlib.contextmanager
+def wandb(**settings: Any) -> Iterator[Sink]:
+    """Scalars for Weights & Biases, if the package is there; `settings` are those of `wandb.init`."""
+    try:
+        import wandb as package
+    except ImportError as error:
+        raise ValueError("logging to wandb needs the package: pip install wandb") from error
+    with package.init(**settings) as run:
+        yield lambda record: run.log(dict(record), step=record["step"])
+
+
+@contextlib.contextmanager
+def progress(steps: int, done: int = 0) -> Iterator[Sink]:
+    """A bar with loss, tokens a second, MFU and the time left; lines now and then off a terminal."""
+    if not sys.stderr.isatty():
+        yield _lines(steps)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    times = (TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True)) as bar:
+        task = bar.add_task("compiling", total=steps, completed=done)
+        yield lambda record: bar.update(task, completed=record["step"], description=_summary(record))
+
+
+def _lines(steps: int, every_seconds: float = 10.0) -> Sink:
+    last = 0.0
+
+    def show(record: Record) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= every_seconds or record["step"] in (1, steps):
+            last = now
+            print(f"step {record['step']}/{steps}  {_summary(record)}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _summary(record: Record) -> str:
+    parts = []
+    if "loss" in record:
+        parts.append(f"loss {record['loss']:.4f}")
+    if "eval_loss" in record:
+        parts.append(f"eval loss {record['eval_loss']:.4f}")
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:.0%}")
+    return "  ".join(parts)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory: of the fullest local accelerator, or of the process where there is none."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if peaks and jax.default_backend() != "cpu":
+        return max(peaks)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_flops() -> float | None:
+    """FLOP/s of all devices together, the denominator of MFU.
+
+    Of accelerators it is the published dense bf16 peak (None for one that is not in the table); of a
+    CPU, what a large float32 matrix product reaches here and now, measured in a fifth of a second.
+    """
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        return _measured_flops() * jax.process_count()
+    peak = next((peak for name, peak in _PEAKS.items() if name in kind), None)
+    return None if peak is None else peak * jax.device_count()
+
+
+def _measured_flops(size: int = 1024, repeats: int = 5) -> float:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
