@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -148,6 +148,7 @@ class _Prefix:
         return value, {f"{self.name}/{key}": metric for key, metric in metrics.items()}
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """A model's files as they come from the ecosystem, read one tensor at a time.
 

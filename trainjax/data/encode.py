@@ -68,6 +68,11 @@ class Examples:
         """Tokens of each example."""
         return np.diff(self.offsets)
 
+    @functools.cached_property
+    def targets(self) -> Int[np.ndarray, " examples"]:
+        """Tokens of each example that are trained on."""
+        return np.add.reduceat(self.trained.astype(np.int64), self.offsets[:-1])
+
     def summary(self) -> str:
         """One line of what there is, and what was cut or left out."""
         parts = [f"{len(self)} examples, {len(self.tokens)} tokens, {self.trained.mean():.0%} trained on"]

@@ -77,15 +77,15 @@ def _completion(row: Row) -> Conversation | Text:
 
 
 def _alpaca(row: Row) -> Text:
-    instruction, extra = row["instruction"], row.get("input") or ""
+    instruction, extra = _string(row, "instruction"), row.get("input") or ""
     prompt = f"{instruction}\n\n{extra}" if extra else instruction
     framed = f"### Instruction:\n{instruction}\n\n"
     framed += f"### Input:\n{extra}\n\n" if extra else ""
-    return Text(prompt, row["output"], bare_prompt=f"{framed}### Response:\n")
+    return Text(prompt, _string(row, "output"), bare_prompt=f"{framed}### Response:\n")
 
 
 def _text(row: Row) -> Text:
-    return Text("", row["text"])
+    return Text("", _string(row, "text"))
 
 
 FORMATS: Mapping[tuple[str, ...], Format] = {
@@ -109,6 +109,12 @@ def detect(columns: Sequence[str]) -> Format:
             return read
     accepted = "; ".join(" + ".join(needed) for needed in FORMATS)
     raise ValueError(f"the columns are {', '.join(columns) or 'none'}; accepted are: {accepted}")
+
+
+def _string(row: Row, name: str) -> str:
+    if not isinstance(row[name], str):
+        raise ValueError(f"`{name}` is text, this is {row[name]!r:.60}")
+    return row[name]
 
 
 def _list_of_messages(value: Any) -> list[Message]:

@@ -35,8 +35,7 @@ def token_mean(examples: Examples, which: np.ndarray) -> Float[np.ndarray, " exa
 
 def sequence_mean(examples: Examples, which: np.ndarray) -> Float[np.ndarray, " examples"]:
     """Every example counts the same, however many targets it has."""
-    counts = [examples.trained[examples.slice_of(e)].sum() for e in which]
-    return 1.0 / np.asarray(counts)
+    return 1.0 / examples.targets[which]
 
 
 class BatchPlan(NamedTuple):
@@ -162,8 +161,8 @@ def fill(
 
 def total_weight(examples: Examples, plan: Plan, which: list[int]) -> float:
     """The sum of the weights of some examples' targets, before normalisation."""
-    counts = np.asarray([examples.trained[examples.slice_of(e)].sum() for e in which])
-    return float((plan.weigh(examples, np.asarray(which)) * counts).sum())
+    indices = np.asarray(which)
+    return float((plan.weigh(examples, indices) * examples.targets[indices]).sum())
 
 
 class _Batches(grain.IterDataset[dict[str, np.ndarray]]):

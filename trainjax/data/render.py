@@ -37,9 +37,6 @@ def render(row: Conversation | Text, tokenizer: Any, *, template: bool = True) -
         ValueError: messages without a chat template, or that the template refuses.
     """
     if isinstance(row, Text):
-        for part in (row.prompt, row.completion):
-            if not isinstance(part, str):
-                raise ValueError(f"text is expected, this is {part!r:.60}")
         if not row.prompt or not template or tokenizer.chat_template is None:
             prompt = row.prompt if row.bare_prompt is None else row.bare_prompt
             text = prompt + row.completion

@@ -12,13 +12,14 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 Row = Mapping[str, Any]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows by number, as `grain.sources.RandomAccessDataSource` has it."""
 
@@ -167,7 +168,10 @@ class _TfdsRows:
     def __init__(self, name: str, split: str) -> None:
         import tensorflow_datasets as tfds
 
-        self._rows = tfds.data_source(name, split=split)
+        if Path(name).is_dir():
+            self._rows = tfds.builder_from_directory(name).as_data_source(split)
+        else:
+            self._rows = tfds.data_source(name, split=split)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -92,7 +92,9 @@ def write_shards(
     total = 0
 
     def flush() -> None:
-        save_file(pending, path / f"model-{len(shards) + 1:05d}.tmp", metadata={"format": "pt"})
+        file = path / f"model-{len(shards) + 1:05d}.tmp"
+        save_file(pending, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors makes files that only their owner may read
         shards.append(list(pending))
         pending.clear()
 
@@ -151,6 +153,7 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from trainjax.train.step import Step
 from trainjax.types import Batch, Loss, Metrics, Params
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Batches without end, that can say where they stand."""
 
