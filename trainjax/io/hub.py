@@ -34,7 +34,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if path.is_file() and path.suffix == ".gguf":
         return GgufFile(path)
     if path.is_file():
-        raise ValueError(f"{path} is a file, but not a .gguf; give a model's folder or a .gguf file")
+        raise ValueError(
+            f"{path} is a file, but not a .gguf; give a model's folder or a .gguf file"
+        )
     if str(source) in CATALOG:
         raise ValueError(f"{source} is not on this machine yet: trainjax fetch {source}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):

@@ -12,7 +12,6 @@ make the Jacobian, one vector a token, which is all that the backward pass needs
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -22,13 +21,12 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from trainjax.types import Weight
+from trainjax.types import Weight, pytree
 
 Head = Any  # Float[Array, "embed vocab"] | Weight
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Tied(Weight):
     """The transpose of an embedding matrix, as an output head that is never transposed in memory.
 

@@ -12,18 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from trainjax import tree
 from trainjax.ops.low_rank import low_rank
-from trainjax.types import Params, Peft, PeftFiles, Weight
+from trainjax.types import Params, Peft, PeftFiles, Weight, pytree, static
 
 ALL_LINEAR = r"^layers/"
 """Every matrix of every layer: attention and feed-forward, not embeddings and head."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Lora(Weight):
     """`x @ w + dropout(x) @ a @ b * scale`: a matrix with a low-rank update, kept apart.
 
@@ -39,8 +38,8 @@ class Lora(Weight):
     a: Float[Array, "*stack in rank"]
     b: Float[Array, "*stack rank out"]
     scale: Float[Array, "*stack"]
-    key: PRNGKeyArray | None = None
-    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    key: Key[Array, "*stack"] | None = None
+    dropout: float = static(0.0)
 
     def __rmatmul__(self, x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
         w = self.w.astype(x.dtype) if isinstance(self.w, jax.Array) else self.w

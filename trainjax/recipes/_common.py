@@ -113,8 +113,12 @@ def claim_folder(out: Path, *, resume: bool) -> None:
         ValueError: it holds another run and this one does not continue it.
         OSError: it cannot be written.
     """
-    if not resume and any((out / name).exists() for name in ("config.yaml", "checkpoints", "adapter")):
-        raise ValueError(f"{out} holds another run; continue it with --resume, or give another --out")
+    if not resume and any(
+        (out / name).exists() for name in ("config.yaml", "checkpoints", "adapter")
+    ):
+        raise ValueError(
+            f"{out} holds another run; continue it with --resume, or give another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):
         pass
@@ -161,5 +165,7 @@ def sinks(
         if tensorboard:
             to.append(stack.enter_context(metrics.tensorboard(out / "tensorboard")))
         if wandb:
-            to.append(stack.enter_context(metrics.wandb(project=wandb, name=out.name, dir=str(out))))
+            to.append(
+                stack.enter_context(metrics.wandb(project=wandb, name=out.name, dir=str(out)))
+            )
         yield to

@@ -53,7 +53,9 @@ def main(config: Config) -> None:
     examples = data.encode(
         rows, tokenizer, config.max_length, template=config.template, too_long=too_long
     )
-    plan = data.Plan(config.batch_size, config.max_length, common.PACKING[config.packing], config.seed)
+    plan = data.Plan(
+        config.batch_size, config.max_length, common.PACKING[config.packing], config.seed
+    )
     console = Console()
     marks = ("", "") if console.is_terminal and not console.no_color else ("«", "»")
     batch = data.fill(examples, plan, plan.epoch(examples, 0)[0])

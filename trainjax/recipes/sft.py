@@ -93,6 +93,8 @@ def main(config: Config) -> None:
     examples = _encode(config, rows, model)
     loader = data.Loader(examples, plan, mesh)
     steps = len(plan.epoch(examples, 0)) if config.steps is None else config.steps
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a run has at least one")
     schedule = optim.warmup_cosine(config.learning_rate, steps, config.warmup)
     tx = optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -113,7 +115,9 @@ def main(config: Config) -> None:
         state, num_tokens = common.resumed(state, saved, loader, settings, wanted=config.resume)
         common.save_config(config, config.out / "config.yaml")
         step = train.make_step(tx, accumulate=config.accumulate)
-        with common.sinks(config.out, steps, int(state.step), config.tensorboard, config.wandb) as to:
+        with common.sinks(
+            config.out, steps, int(state.step), config.tensorboard, config.wandb
+        ) as to:
             state = train.fit(
                 state,
                 step,
@@ -153,10 +157,21 @@ def _start(config: Config, method: Peft | None, model: models.Model) -> Params:
     return method.init(jax.random.key(config.seed), model.params)
 
 
-def _settings(config: Config, model: models.Model, examples: data.Examples, steps: int) -> dict[str, Any]:
+def _settings(
+    config: Config, model: models.Model, examples: data.Examples, steps: int
+) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run."""
     same = (
-        *("batch_size", "max_length", "packing", "template", "too_long", "seed", "dtype", "accumulate"),
+        *(
+            "batch_size",
+            "max_length",
+            "packing",
+            "template",
+            "too_long",
+            "seed",
+            "dtype",
+            "accumulate",
+        ),
         *("learning_rate", "warmup", "weight_decay", "clip", "full"),
     )
     settings = {name: getattr(config, name) for name in same}

@@ -5,4 +5,13 @@ from trainjax.train.fit import NotFinite, Stopped, evaluator, fit
 from trainjax.train.state import TrainState, init
 from trainjax.train.step import make_step
 
-__all__ = ["Checkpoints", "NotFinite", "Stopped", "TrainState", "evaluator", "fit", "init", "make_step"]
+__all__ = [
+    "Checkpoints",
+    "NotFinite",
+    "Stopped",
+    "TrainState",
+    "evaluator",
+    "fit",
+    "init",
+    "make_step",
+]

@@ -117,7 +117,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            reason = str(error).splitlines()[0][:300]
+            reason = ": ".join(str(error).splitlines()[0].split(": ")[-2:])  # the innermost of many
             raise OSError(
                 f"the checkpoint of step {self._saving} could not be written to {self.directory}: {reason}"
             ) from error
@@ -162,7 +162,9 @@ class Checkpoints:
     def _check_structure(self, step: int, state: TrainState) -> None:
         there = json.loads((self._path(step) / _MANIFEST).read_text())["arrays"]
         here = _shapes(state)
-        odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        odd = sorted(
+            name for name in here.keys() | there.keys() if here.get(name) != there.get(name)
+        )
         if odd:
             raise ValueError(
                 f"{self._path(step)} was written by another configuration: {odd[0]} is "
@@ -194,7 +196,9 @@ def _as_arrays(state: TrainState) -> TrainState:
 
 
 def _with_key_of(state: TrainState, arrays: TrainState) -> TrainState:
-    return arrays._replace(key=jax.random.wrap_key_data(arrays.key, impl=jax.random.key_impl(state.key)))
+    return arrays._replace(
+        key=jax.random.wrap_key_data(arrays.key, impl=jax.random.key_impl(state.key))
+    )
 
 
 def _copied(leaf: jax.Array) -> jax.Array:

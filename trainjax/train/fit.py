@@ -192,7 +192,11 @@ def _is_rows(path: tuple[Any, ...]) -> bool:
 def _rows(batch: Batch, most: int = 20) -> list[int]:
     leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(batch) if _is_rows(path)]
     shards = [np.asarray(shard.data) for leaf in leaves for shard in leaf.addressable_shards]
-    rows = np.unique(np.concatenate([shard.ravel() for shard in shards])) if shards else np.zeros(0, int)
+    rows = (
+        np.unique(np.concatenate([shard.ravel() for shard in shards]))
+        if shards
+        else np.zeros(0, int)
+    )
     return rows[rows >= 0].tolist()[:most]
 
 
@@ -219,7 +223,9 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def evaluator(loss: Loss, batches: Callable[[], Iterator[Batch]]) -> Callable[[Params], dict[str, float]]:
+def evaluator(
+    loss: Loss, batches: Callable[[], Iterator[Batch]]
+) -> Callable[[Params], dict[str, float]]:
     """`(params) -> metrics` over held-out data, for `fit`: `eval_loss` and the loss's own as `eval_*`.
 
     Args:

@@ -43,7 +43,9 @@ def jsonl(path: Path, *, after_step: int = 0) -> Iterator[Sink]:
     kept = []
     if path.exists():
         lines = path.read_text().splitlines()
-        kept = [line for line in lines if _is_record(line) and json.loads(line)["step"] <= after_step]
+        kept = [
+            line for line in lines if _is_record(line) and json.loads(line)["step"] <= after_step
+        ]
     path.write_text("".join(f"{line}\n" for line in kept))
     with path.open("a", buffering=1) as file:
         yield lambda record: print(json.dumps(dict(record)), file=file)
@@ -103,7 +105,9 @@ def progress(steps: int, done: int = 0) -> Iterator[Sink]:
     times = (TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, *times, console=Console(stderr=True)) as bar:
         task = bar.add_task("compiling", total=steps, completed=done)
-        yield lambda record: bar.update(task, completed=record["step"], description=_summary(record))
+        yield lambda record: bar.update(
+            task, completed=record["step"], description=_summary(record)
+        )
 
 
 def _lines(steps: int, every_seconds: float = 10.0) -> Sink:
@@ -138,7 +142,9 @@ def peak_memory_bytes() -> int:
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks and jax.default_backend() != "cpu":
         return max(peaks)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def peak_flops() -> float | None:

@@ -38,9 +38,10 @@ def make_step(tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
     def step(state: TrainState, loss: Loss, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         grads, metrics = _gradients(loss, state.params, batch, key, accumulate)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax counts on it (float ** int)
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jnp.where(is_finite, new, old)  # noqa: E731
         new = TrainState(

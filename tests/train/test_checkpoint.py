@@ -1,0 +1,181 @@
+import logging
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from trainjax import parallel, train
+from trainjax.train import Checkpoints
+
+TX = optax.adamw(1e-2)
+
+
+def fresh(size=8, mesh=None):
+    params = {"layers": {"a": jnp.arange(4.0 * size).reshape(4, size), "b": jnp.ones((4, 2))}}
+    return train.init(parallel.place(params, mesh), TX, key=7)
+
+
+def after(state, steps):
+    for _ in range(steps):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = TX.update(state.params, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+    return state
+
+
+def equal(a, b):
+    same = jax.tree.map(
+        lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), train.checkpoint._as_arrays(a), train.checkpoint._as_arrays(b)
+    )
+    return all(jax.tree.leaves(same))
+
+
+def saved(path, steps=(1, 2, 3), **options):
+    """Checkpoints of a state after each of `steps`, and those states."""
+    checkpoints, states = Checkpoints(path, **options), {}
+    for step in steps:
+        states[step] = after(fresh(), step)
+        checkpoints.save(states[step], {"batches": {"batch": step}})
+    checkpoints.close()
+    return states
+
+
+def test_a_state_comes_back_bitwise_with_its_json(tmp_path):
+    states = saved(tmp_path)
+    found = Checkpoints(tmp_path).restore(fresh())
+    assert (found.step, found.extra) == (3, {"batches": {"batch": 3}})
+    assert equal(found.state, states[3])
+    draw = lambda state: jax.random.uniform(state.key)  # noqa: E731
+    assert draw(found.state) == draw(states[3])
+
+
+def test_no_checkpoint_is_not_an_error(tmp_path):
+    assert Checkpoints(tmp_path).restore(fresh()) is None
+
+
+def test_the_newest_are_kept(tmp_path):
+    saved(tmp_path, steps=range(1, 7), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "6"]
+
+
+def test_the_state_may_be_donated_while_it_is_written(tmp_path):
+    step = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1.0, x), donate_argnums=0)
+    state = fresh(size=200_000)
+    expected = np.asarray(state.params["layers"]["a"]).copy()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, {})
+    for _ in range(20):
+        state = state._replace(params=step(state.params))
+    jax.block_until_ready(state)
+    checkpoints.close()
+    found = Checkpoints(tmp_path).restore(fresh(size=200_000))
+    np.testing.assert_array_equal(found.state.params["layers"]["a"], expected)
+
+
+@pytest.mark.parametrize("target", [{"fsdp": 4}, {"data": 2, "fsdp": 2}, {"fsdp": 1, "tensor": 4}])
+def test_a_state_is_restored_onto_another_mesh(tmp_path, target):
+    states = saved(tmp_path, steps=[2])
+    mesh = parallel.mesh(**target)
+    found = Checkpoints(tmp_path).restore(fresh(mesh=mesh)).state
+    assert equal(found, states[2])
+    assert found.params["layers"]["a"].sharding.mesh == mesh
+
+
+def files(path):
+    return sorted(file for file in (path / "3").rglob("*") if file.is_file())
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def remove(file):
+    file.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, remove])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog, damage):
+    """Whichever file is hit. Orbax's own bookkeeping at the top is not needed to read a checkpoint."""
+    states = saved(tmp_path / "0")
+    names = [file.relative_to(tmp_path / "0") for file in files(tmp_path / "0")]
+    chosen = [name for name in names if len(name.parts) > 2 or name.name == "manifest.json"]
+    for i, name in enumerate(chosen[:: max(1, len(chosen) // 4)], 1):
+        # Names of data files are random: take the one at the same place.
+        folder = tmp_path / str(i)
+        saved(folder)
+        again = [file.relative_to(folder) for file in files(folder)]
+        damage(folder / again[names.index(name)])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found = Checkpoints(folder).restore(fresh())
+        assert found.step == 2, name
+        assert equal(found.state, states[2])
+        assert f"{folder / '3'} is damaged" in caplog.text
+
+
+def test_training_goes_on_past_a_damaged_checkpoint(tmp_path):
+    states = saved(tmp_path)
+    truncate(next(file for file in files(tmp_path) if file.parent.name == "d"))
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(fresh()).step == 2
+    checkpoints.save(states[3], {})
+    checkpoints.close()
+    assert Checkpoints(tmp_path).restore(fresh()).step == 3
+
+
+def test_if_all_are_damaged_it_says_so(tmp_path):
+    saved(tmp_path, steps=[3])
+    truncate(tmp_path / "3" / "manifest.json")
+    with pytest.raises(ValueError, match="all 1 checkpoints in .* are damaged"):
+        Checkpoints(tmp_path).restore(fresh())
+
+
+def test_a_half_written_checkpoint_is_never_chosen(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "4.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    assert Checkpoints(tmp_path).restore(fresh()).step == 3
+
+
+def test_a_state_of_another_shape_is_refused_by_name(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=r"opt_state/.*/mu/layers/a is \[4, 8\], this run has \[4, 9\]"):
+        Checkpoints(tmp_path).restore(fresh(size=9))
+
+
+FULL_DISK = """
+import resource, sys
+import jax, jax.numpy as jnp, optax
+from trainjax import train
+noise = lambda size: jax.random.normal(jax.random.key(0), (size,))
+checkpoints = train.Checkpoints(sys.argv[1])
+state = lambda step, size: train.init({"a": noise(size)}, optax.sgd(0.1))._replace(step=jnp.int32(step))
+checkpoints.save(state(1, 10), {})
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)  # longer files fail, as on a full disk
+try:
+    checkpoints.save(state(2, 1_000_000), {})
+    checkpoints.wait()
+except OSError as error:
+    print(error)
+print(train.Checkpoints(sys.argv[1]).restore(state(0, 10)).step)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said, step = done.stdout.splitlines()
+    assert said.startswith(f"the checkpoint of step 2 could not be written to {tmp_path}: ")
+    assert "File too large" in said
+    assert step == "1"
