@@ -29,9 +29,14 @@ def write(path: Path, files: PeftFiles, fingerprint: str) -> None:
 def read(path: Path) -> tuple[PeftFiles, str | None]:
     """An adapter's settings and tensors, and the fingerprint of its base if we wrote it.
 
+    Args:
+        path: the adapter's folder, or a run's folder with the adapter in `adapter/`.
+
     Raises:
         ValueError: not an adapter's folder, or one whose files are damaged.
     """
+    if not (path / _CONFIG).is_file() and (path / "adapter" / _CONFIG).is_file():
+        path = path / "adapter"
     if not (path / _CONFIG).is_file():
         raise ValueError(f"{path} is not an adapter's folder: it has no {_CONFIG}")
     if not (path / _TENSORS).is_file():

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from tokenizers import (
     AddedToken,
@@ -307,7 +307,10 @@ def from_folder(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast | None:
     if any((path / name).is_file() for name in _OTHER_FILES):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return cast(
+            "PreTrainedTokenizerFast",
+            AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False),
+        )
     return None
 
 

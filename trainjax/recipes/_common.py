@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from trainjax import data, parallel, peft, train
+from trainjax import data, parallel, peft, rollout, train
 from trainjax.models import Model, load
 from trainjax.nn import remat
 from trainjax.train import metrics
@@ -75,6 +75,43 @@ class MeshConfig:
         return parallel.mesh(self.data, self.fsdp, self.tensor)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerConfig:
+    """How a model is asked; the settings that `generate` and `chat` have in common."""
+
+    model: str
+    """A hub id, a folder, a .gguf file, or a name that `trainjax fetch` knows."""
+    adapter: Path | None = None
+    """An adapter's folder in PEFT's format, or the folder of the run that made it."""
+    system: str | None = None
+    """System message; by default what the chat template has."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """Divides the logits; 0 always takes the most probable token."""
+    top_k: int | None = None
+    """Draw from this many most probable tokens only."""
+    top_p: float | None = None
+    """Draw from the fewest most probable tokens with this share of the probability."""
+    min_p: float | None = None
+    """Draw from tokens with at least this share of the top token's probability."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer."""
+    seed: int = 0
+    """Of the sampling."""
+    dtype: DtypeName | None = None
+    """Of weights and arithmetic; by default as stored, and what the platform is fast at."""
+
+    def sampler(self) -> rollout.Sampler:
+        """How tokens are drawn."""
+        return rollout.sampler(self.temperature, self.top_k, self.top_p, self.min_p)
+
+    def messages(self, *said: str) -> list[dict[str, str]]:
+        """The beginning of a conversation: the system message, if any, and what the user said."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *({"role": "user", "content": text} for text in said)]
+
+
 def load_model(
     name: str,
     *,
@@ -114,7 +151,7 @@ def claim_folder(out: Path, *, resume: bool) -> None:
         OSError: it cannot be written.
     """
     if not resume and any(
-        (out / name).exists() for name in ("config.yaml", "checkpoints", "adapter")
+        (out / name).exists() for name in ("config.yaml", "checkpoints", "adapter", "model")
     ):
         raise ValueError(
             f"{out} holds another run; continue it with --resume, or give another --out"
