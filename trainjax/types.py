@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 T = TypeVar("T")
@@ -146,7 +148,7 @@ class Loss:
             return NotImplemented
         return Loss(_sum, (self, other))
 
-    def __mul__(self, weight: float | Array) -> Loss:
+    def __mul__(self, weight: ArrayLike) -> Loss:
         if isinstance(weight, Loss):
             return NotImplemented
         return Loss(
@@ -172,10 +174,10 @@ def _sum(losses: tuple[Loss, Loss], params, batch, key) -> tuple[Array, Metrics]
     return first + second, metrics | more
 
 
-def _scale(inputs: tuple[Loss, Array], params, batch, key) -> tuple[Array, Metrics]:
+def _scale(inputs: tuple[Loss, ArrayLike], params, batch, key) -> tuple[Array, Metrics]:
     loss, weight = inputs
     value, metrics = loss(params, batch, key)
-    return weight * value, metrics
+    return jnp.multiply(weight, value), metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 Run from the repository's root (the statistics need `transformers` and the model's tokenizer):
 
-    python experiments/benchmarks/rows.py --out runs/benchmarks/rows.jsonl --model /work/env/smol/model.gguf
+    python experiments/benchmarks/rows.py --out runs/benchmarks/rows.jsonl \
+        --model path/to/model.gguf
 
-The rows are conversational prompt/completion rows, so both sides see the same text through the chat template. They stay
-out of the repository: the source asks that its text not be spread (`../shared/data/README.md`).
+The rows are conversational prompt/completion rows, so both sides see the same text through the chat
+template. They stay out of the repository, as all data does (`../shared/data/README.md`).
 """
 
 import argparse
@@ -21,7 +22,7 @@ SOURCE = ROOT / "../shared/data/instructions.train.jsonl.gz"
 
 
 def benchmark_rows(source: Path = SOURCE, count: int = 64, seed: int = 0) -> list[dict[str, Any]]:
-    """The first `count` rows of `source` after a shuffle with `seed`, as conversations of one question and one answer."""
+    """The first `count` rows of `source` after a shuffle with `seed`, as one-turn conversations."""
     with gzip.open(source, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     random.Random(seed).shuffle(rows)
@@ -40,7 +41,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def pretrained(model: Path) -> dict[str, Any]:
-    """The arguments with which transformers' `from_pretrained` reads `model`, a .gguf file or a Hugging Face folder."""
+    """Arguments of `from_pretrained` for `model`, a .gguf file or a Hugging Face folder."""
     if model.suffix == ".gguf":
         return {"pretrained_model_name_or_path": model.parent, "gguf_file": model.name}
     return {"pretrained_model_name_or_path": model}
@@ -73,6 +74,7 @@ def token_statistics(
 
 
 def main() -> None:
+    """Writes the rows and prints their statistics."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

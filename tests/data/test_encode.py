@@ -60,7 +60,9 @@ def test_plain_pairs_without_a_template_are_joined_as_they_are():
 
 def test_the_template_can_be_left_out():
     examples = encode([{"prompt": "hi ", "completion": "ho"}], template=toy.CHATML)
-    bare = data.encode([{"prompt": "hi ", "completion": "ho"}], toy.tokenizer(), 256, template=False)
+    bare = data.encode(
+        [{"prompt": "hi ", "completion": "ho"}], toy.tokenizer(), 256, template=False
+    )
     assert texts(bare) == ("hi ho<|im_end|>", "ho<|im_end|>")
     assert texts(examples) != texts(bare)
 
@@ -72,7 +74,9 @@ def test_alpaca_without_a_template_has_its_own_frame():
 
 
 def test_a_beginning_token_is_added_to_text_and_never_to_a_template():
-    plain, chat = (encode([row], bos=True) for row in ({"text": "abc"}, {"messages": [USER, REPLY]}))
+    plain, chat = (
+        encode([row], bos=True) for row in ({"text": "abc"}, {"messages": [USER, REPLY]})
+    )
     begin = toy.tokenizer().convert_tokens_to_ids("<|im_start|>")
     assert plain.tokens.tolist().count(begin) == 1
     assert chat.tokens.tolist().count(begin) == 2  # one a message, the template's own
@@ -133,7 +137,10 @@ class TestLongRows:
     ("rows", "message"),
     [
         ([], "the dataset is empty"),
-        ([{"question": "a", "answer": "b"}], "row 0: the columns are question, answer; accepted are: "),
+        (
+            [{"question": "a", "answer": "b"}],
+            "row 0: the columns are question, answer; accepted are: ",
+        ),
         ([{"text": "a"}, {"txt": "b"}], "row 1: the column 'text' is missing"),
         ([{"text": None}], "row 0: `text` is text, this is None"),
         ([{"messages": []}], "row 0: messages are a list, not empty"),
@@ -141,10 +148,16 @@ class TestLongRows:
         ([{"messages": [{"content": "a"}]}], "row 0: a message is an object with `role`"),
         ([{"messages": [{"role": "robot", "content": "a"}]}], "row 0: .*unknown role robot"),
         ([{"messages": [{"role": "user"}, REPLY]}], "row 0: the chat template refuses"),
-        ([{"prompt": "a", "completion": [REPLY]}], "row 0: `prompt` and `completion` are both text"),
+        (
+            [{"prompt": "a", "completion": [REPLY]}],
+            "row 0: `prompt` and `completion` are both text",
+        ),
         ([{"conversations": [{"from": "cat", "value": "miau"}]}], "row 0: a turn is from 'cat'"),
         ([{"messages": [USER]}], "none of the 1 rows has a token to train on"),
-        ([{"text": "a"}, {"prompt": "x", "completion": "y"}], "row 1: the column 'text' is missing"),
+        (
+            [{"text": "a"}, {"prompt": "x", "completion": "y"}],
+            "row 1: the column 'text' is missing",
+        ),
     ],
 )
 def test_bad_rows_are_one_clear_sentence_with_the_row(rows, message):

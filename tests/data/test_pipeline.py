@@ -42,7 +42,9 @@ def test_an_epoch_holds_every_token_once(examples, plan):
         if row >= 0
     ]
     expected = [
-        (row, token) for i, row in enumerate(examples.rows) for token in examples.tokens[examples.slice_of(i)]
+        (row, token)
+        for i, row in enumerate(examples.rows)
+        for token in examples.tokens[examples.slice_of(i)]
     ]
     assert sorted(seen) == sorted(expected)
 
@@ -133,7 +135,9 @@ def test_processes_fill_the_rows_of_the_same_global_batch(examples, processes, m
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(examples):
-    with pytest.raises(ValueError, match="batch_size=6 is not divisible by the mesh's 4 row shards"):
+    with pytest.raises(
+        ValueError, match="batch_size=6 is not divisible by the mesh's 4 row shards"
+    ):
         data.Loader(examples, plan(batch_size=6), parallel.mesh(fsdp=4))
 
 
@@ -146,6 +150,7 @@ def test_supervised_takes_rows_as_well_as_a_file(tmp_path):
     rows = toy.rows(8)
     file = toy.write_jsonl(tmp_path / "rows.jsonl", rows)
     both = (
-        next(data.supervised(source, toy.tokenizer(), batch_size=2, max_length=128)) for source in (rows, file)
+        next(data.supervised(source, toy.tokenizer(), batch_size=2, max_length=128))
+        for source in (rows, file)
     )
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, both))

@@ -45,4 +45,3 @@ def test_greedy_tokens_are_those_of_transformers_live(model, tmp_path):
     tj.save_model(tmp_path / "model", tj.load("smollm2-135m-instruct"))
     expected = generated(tmp_path / "model", prompts)
     assert [a.tokens for a in tj.generate(model, prompts, max_new_tokens=64)] == expected
-

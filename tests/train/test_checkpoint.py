@@ -29,9 +29,8 @@ def after(state, steps):
 
 
 def equal(a, b):
-    same = jax.tree.map(
-        lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), train.checkpoint._as_arrays(a), train.checkpoint._as_arrays(b)
-    )
+    arrays = (train.checkpoint._as_arrays(state) for state in (a, b))
+    same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), *arrays)
     return all(jax.tree.leaves(same))
 
 
@@ -124,6 +123,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capl
         assert f"{folder / '3'} is damaged" in caplog.text
 
 
+def test_no_changed_bit_of_the_list_of_checksums_is_overlooked(tmp_path):
+    saved(tmp_path, steps=[3])
+    manifest, checkpoints = tmp_path / "3" / "manifest.json", Checkpoints(tmp_path)
+    whole = manifest.read_bytes()
+    assert checkpoints._damage(3) == ""
+    for at in range(len(whole)):
+        for bit in (1, 128):
+            manifest.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            assert checkpoints._damage(3), (at, bit)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, remove])
+def test_bookkeeping_of_orbax_is_not_needed(tmp_path, damage):
+    states = saved(tmp_path)
+    damage(tmp_path / "3" / "_CHECKPOINT_METADATA")
+    found = Checkpoints(tmp_path).restore(fresh())
+    assert found.step == 3
+    assert equal(found.state, states[3])
+
+
+def test_a_step_that_is_damaged_a_second_time_is_put_aside_again(tmp_path):
+    states = saved(tmp_path)
+    for count in (1, 2):
+        truncate(tmp_path / "3" / "manifest.json")
+        checkpoints = Checkpoints(tmp_path)
+        assert checkpoints.restore(fresh()).step == 2
+        assert len(list(tmp_path.glob("3.damaged*"))) == count
+        checkpoints.save(states[3], {})
+        checkpoints.close()
+
+
 def test_training_goes_on_past_a_damaged_checkpoint(tmp_path):
     states = saved(tmp_path)
     truncate(next(file for file in files(tmp_path) if file.parent.name == "d"))
@@ -137,8 +167,9 @@ def test_training_goes_on_past_a_damaged_checkpoint(tmp_path):
 def test_if_all_are_damaged_it_says_so(tmp_path):
     saved(tmp_path, steps=[3])
     truncate(tmp_path / "3" / "manifest.json")
-    with pytest.raises(ValueError, match="all 1 checkpoints in .* are damaged"):
-        Checkpoints(tmp_path).restore(fresh())
+    for _ in range(2):  # nothing is moved, so a second try does not begin anew either
+        with pytest.raises(ValueError, match="all 1 checkpoints in .* are damaged"):
+            Checkpoints(tmp_path).restore(fresh())
 
 
 def test_a_half_written_checkpoint_is_never_chosen(tmp_path):
@@ -149,7 +180,9 @@ def test_a_half_written_checkpoint_is_never_chosen(tmp_path):
 
 def test_a_state_of_another_shape_is_refused_by_name(tmp_path):
     saved(tmp_path)
-    with pytest.raises(ValueError, match=r"opt_state/.*/mu/layers/a is \[4, 8\], this run has \[4, 9\]"):
+    with pytest.raises(
+        ValueError, match=r"opt_state/.*/mu/layers/a is \[4, 8\], this run has \[4, 9\]"
+    ):
         Checkpoints(tmp_path).restore(fresh(size=9))
 
 

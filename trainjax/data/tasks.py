@@ -22,11 +22,35 @@ _NAMES = (
     *("Leo", "Maria", "Nils", "Olga", "Paul", "Rosa", "Sven", "Tara", "Victor", "Wanda", "Yusuf"),
 )
 _CITIES = (
-    *("Lima", "Oslo", "Rome", "Cairo", "Paris", "Quito", "Tokyo", "Delhi", "Dublin", "Lagos", "Milan"),
+    *(
+        "Lima",
+        "Oslo",
+        "Rome",
+        "Cairo",
+        "Paris",
+        "Quito",
+        "Tokyo",
+        "Delhi",
+        "Dublin",
+        "Lagos",
+        "Milan",
+    ),
     *("Vienna", "Boston", "Madrid", "Athens", "Berlin", "Prague", "Sydney", "Nairobi", "Toronto"),
 )
 _WORDS = (
-    *("apple", "bread", "chair", "dream", "earth", "flame", "grass", "house", "island", "juice", "light"),
+    *(
+        "apple",
+        "bread",
+        "chair",
+        "dream",
+        "earth",
+        "flame",
+        "grass",
+        "house",
+        "island",
+        "juice",
+        "light",
+    ),
     *("money", "night", "ocean", "paper", "river", "stone", "table", "water", "winter", "yellow"),
 )
 _UNITS = (
@@ -92,7 +116,11 @@ TASKS: Mapping[str, Task] = {
 
 
 def rows(
-    count: int, seed: int = 0, *, without: frozenset[str] = frozenset(), tasks: Mapping[str, Task] = TASKS
+    count: int,
+    seed: int = 0,
+    *,
+    without: frozenset[str] = frozenset(),
+    tasks: Mapping[str, Task] = TASKS,
 ) -> list[dict[str, Any]]:
     """Conversations of one question, in turn from each task, no question twice.
 

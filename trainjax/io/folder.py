@@ -35,7 +35,7 @@ class HfFolder:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             raise ValueError(f"{self.path} is not a model folder: it has no config.json")
-        self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        self.config: dict[str, Any] = _read_json(self.path / "config.json")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, (_, shape) in self._index.items()}
@@ -62,7 +62,7 @@ class HfFolder:
     def _files(self) -> list[Path]:
         index = self.path / _INDEX
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(_read_json(index)["weight_map"].values()))
             files = [self.path / name for name in names]
         else:
             files = [self.path / _SINGLE]
@@ -157,3 +157,10 @@ def replaced(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error

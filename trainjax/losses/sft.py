@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -20,6 +21,8 @@ def nll(
         logprobs: of each target given what comes before it.
         weights: of each token as a target, summing to 1 over the global batch.
     """
+    chex.assert_rank([logprobs, weights], 2)
+    chex.assert_equal_shape([logprobs, weights])
     return -jnp.sum(weights * logprobs)
 
 

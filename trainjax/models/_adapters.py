@@ -49,7 +49,7 @@ def load_adapter(
     if fingerprint not in (None, model.fingerprint) and not other_base:
         raise ValueError(
             f"{path} was trained on another base (fingerprint {fingerprint}; {model.source} has "
-            f"{model.fingerprint}); load that base, or pass other_base=True if it is meant so"
+            f"{model.fingerprint}); load that base, or say that another is meant: other_base"
         )
     package = trainjax.peft
     for module in pkgutil.iter_modules(package.__path__):

@@ -44,7 +44,9 @@ class Model:
     source: str
     fingerprint: str
 
-    def logits(self, tokens: Int[Array | np.ndarray, "batch seq"]) -> Float[Array, "batch seq vocab"]:
+    def logits(
+        self, tokens: Int[Array | np.ndarray, "batch seq"]
+    ) -> Float[Array, "batch seq vocab"]:
         """All the logits in float32, for small checks; training never makes them."""
         return _logits(self.module, self.params, jnp.asarray(tokens, jnp.int32))
 

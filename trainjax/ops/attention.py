@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
@@ -83,13 +84,25 @@ def blocked(
     `heads * block * seq`. Output and logsumexp are all that the gradient keeps besides the inputs.
     Query heads that share a key head are rows of one matrix product.
     """
-    batch, seq, heads, dim = query.shape
-    kv_heads = key.shape[2]
-    q = query.reshape(batch, seq, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
-    k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    seq = query.shape[1]
     size = min(seq, max(block, -(-seq // 16)))  # blocks are unrolled: 16 at most
-    out = _blocked(_Blocks(size, window), q, k, v, segments)
-    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+    grouped = _grouped(query, key.shape[2]), _heads_first(key), _heads_first(value)
+    return _ungrouped(_blocked(_Blocks(size, window), *grouped, segments))
+
+
+def _grouped(query: Query, kv_heads: int) -> Float[Array, "batch kv_heads group seq dim"]:
+    """Query heads beside those that share their key head."""
+    return rearrange(
+        query, "batch seq (kv_heads group) dim -> batch kv_heads group seq dim", kv_heads=kv_heads
+    )
+
+
+def _ungrouped(out: Float[Array, "batch kv_heads group seq dim"]) -> Query:
+    return rearrange(out, "batch kv_heads group seq dim -> batch seq (kv_heads group) dim")
+
+
+def _heads_first(x: KeyValue) -> Float[Array, "batch kv_heads seq dim"]:
+    return rearrange(x, "batch seq kv_heads dim -> batch kv_heads seq dim")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -173,13 +186,14 @@ def _per_kv_head(a, b, axis_a: int, axis_b: int) -> Float[Array, "batch kv_heads
 
 
 def _merge_rows(x):
-    """`[batch, kv_heads, group, block, n] -> [batch, kv_heads, group * block, n]`."""
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
+    return rearrange(x, "batch kv_heads group block n -> batch kv_heads (group block) n")
 
 
 def _split_rows(x, like):
     """The inverse of `_merge_rows`, for the group size of `like`."""
-    return x.reshape(*x.shape[:2], like.shape[2], -1, x.shape[3])
+    return rearrange(
+        x, "batch kv_heads (group block) n -> batch kv_heads group block n", group=like.shape[2]
+    )
 
 
 def attend_cache(
@@ -198,13 +212,11 @@ def attend_cache(
     Returns:
         An array like `query`.
     """
-    batch, seq, heads, dim = query.shape
-    group = heads // keys.shape[1]
-    q = query.reshape(batch, seq, keys.shape[1], group, dim).transpose(0, 2, 3, 1, 4)
+    q = _grouped(query, keys.shape[1])
     scores = _scores(q, keys, visible[:, None, None])
     p = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = _split_rows(_per_kv_head(p, values, 1, 0), q)
-    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
+    return _ungrouped(out).astype(query.dtype)
 
 
 def cudnn(
@@ -271,10 +283,9 @@ def _splash_local(query, key, value, segments, *, window: int | None, interpret:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    batch, seq, heads, dim = query.shape
+    _, seq, heads, dim = query.shape
     kv_heads = key.shape[2]
-    q = query.reshape(batch, seq, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
-    k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    q, k, v = _grouped(query, kv_heads), _heads_first(key), _heads_first(value)
     causal = masks.CausalMask((seq, seq))
     mask = causal if window is None else causal & masks.LocalMask((seq, seq), (window - 1, 0), 0)
     kernel = kernels.make_splash_mqa(
@@ -285,8 +296,7 @@ def _splash_local(query, key, value, segments, *, window: int | None, interpret:
     )
     one_row = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     ids = kernels.SegmentIds(segments, segments)
-    out = jax.vmap(one_row)(q * dim**-0.5, k, v, ids)
-    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+    return _ungrouped(jax.vmap(one_row)(q * dim**-0.5, k, v, ids))
 
 
 def _splash_refuses(query: Query) -> str:

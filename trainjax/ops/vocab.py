@@ -94,7 +94,10 @@ def token_stats(
     order = jnp.argsort(~grouped(where), axis=1, stable=True)
     num_chunks = -(-jnp.max(jnp.sum(grouped(where), axis=1)) // chunk)
     padding = ((0, 0), (0, -tokens % chunk))
-    x = _take(hidden.reshape(groups, tokens, embed), jnp.pad(order, padding))
+    # The last chunk is filled up with tokens nobody asked for. They count with weight zero, which a
+    # state that is not finite would survive: 0 * nan is nan.
+    x = jnp.where(where[..., None], hidden, jnp.zeros((), hidden.dtype))
+    x = _take(x.reshape(groups, tokens, embed), jnp.pad(order, padding))
     t = jnp.take_along_axis(grouped(targets), order, axis=1)
     stats = _chunked(_Static(chunk, vocab_block), x, head, jnp.pad(t, padding), num_chunks)
     inverse = jnp.argsort(order, axis=1)
@@ -104,8 +107,8 @@ def token_stats(
 
 def logits(hidden: Float[Array, "*rows embed"], head: Head) -> Float[Array, "*rows vocab"]:
     """All the logits in float32, for a few positions: sampling, small checks."""
-    flat = hidden.reshape(-1, hidden.shape[-1]) @ head
-    return flat.astype(jnp.float32).reshape(*hidden.shape[:-1], -1)
+    flat = _scores(hidden.reshape(-1, hidden.shape[-1]), head)
+    return flat.reshape(*hidden.shape[:-1], -1)
 
 
 class _Static(NamedTuple):
@@ -123,30 +126,48 @@ def _chunked(static: _Static, x, head, targets, num_chunks):
 
 
 def _chunked_fwd(static: _Static, x, head, targets, num_chunks):
-    is_primal = lambda node: isinstance(node, CustomVJPPrimal)  # noqa: E731
-    trained = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=is_primal))
-    head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=is_primal)
-    args = x.value, head, targets.value, num_chunks.value
-    out, mean_row = _forward(static, *args, with_mean=not trained)
-    return out, (args, out[1], mean_row)
+    trained, frozen = _primals(head, perturbed=True), _primals(head, perturbed=False)
+    is_frozen = not jax.tree.leaves(trained)
+    args = x.value, _joined(trained, frozen), targets.value, num_chunks.value
+    out, mean_row = _forward(static, *args, with_mean=is_frozen)
+    return out, (x.value, trained, frozen, targets.value, num_chunks.value, out[1], mean_row)
 
 
 def _chunked_bwd(static: _Static, residuals, cotangents):
-    (x, head, targets, num_chunks), lse, mean_row = residuals
+    x, trained, frozen, targets, num_chunks, lse, mean_row = residuals
     g_logprobs, g_lse = (
         jnp.zeros_like(lse) if isinstance(g, SymbolicZero) else g for g in cotangents[:2]
     )
     if mean_row is None:
-        dx, dhead = _backward(static, x, head, targets, num_chunks, lse, g_logprobs, g_lse)
-        return dx, dhead, None, None
+        needed = x, trained, frozen, targets, num_chunks, lse, g_logprobs, g_lse
+        return *_backward(static, *needed), None, None
     # Frozen head. With E[row] the mean of the head's rows under the model's distribution:
     # d logp(target) / dx = row(target) - E[row],  d logsumexp / dx = E[row].
-    rows = _target_rows(head, targets, x, static.chunk)
+    rows = _target_rows(frozen, targets, x, static.chunk)
     dx = g_logprobs[..., None] * rows + (g_lse - g_logprobs)[..., None] * mean_row
     return dx.astype(x.dtype), None, None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
+
+
+def _primals(head: Head, *, perturbed: bool) -> Head:
+    """The head with those of its leaves that are differentiated, or those that are not; else None."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if leaf.perturbed == perturbed else None,
+        head,
+        is_leaf=lambda node: isinstance(node, CustomVJPPrimal),
+    )
+
+
+def _joined(trained: Head, frozen: Head) -> Head:
+    """The whole head from its two parts."""
+    return jax.tree.map(
+        lambda one, other: other if one is None else one,
+        trained,
+        frozen,
+        is_leaf=lambda node: node is None,
+    )
 
 
 def _forward(static: _Static, x, head, targets, num_chunks, *, with_mean: bool):
@@ -191,10 +212,11 @@ def _forward(static: _Static, x, head, targets, num_chunks, *, with_mean: bool):
     return (logprobs, lse, correct), mean_row[0] if with_mean else None
 
 
-def _backward(static: _Static, x, head, targets, num_chunks, lse, g_logprobs, g_lse):
-    """Gradients of hidden states and of a trained head; the scores are computed once more."""
+def _backward(static: _Static, x, trained, frozen, targets, num_chunks, lse, g_logprobs, g_lse):
+    """Gradients of hidden states and of the head's trained leaves; scores are computed once more."""
     groups, _, embed = x.shape
     rows = groups * static.chunk
+    head = _joined(trained, frozen)
 
     def one_chunk(i, grads):
         xc = _chunk_of(x, i, static.chunk).reshape(rows, embed)
@@ -204,7 +226,11 @@ def _backward(static: _Static, x, head, targets, num_chunks, lse, g_logprobs, g_
 
         def one_block(carry, start, size):
             dxc, dhead = carry
-            scores, pull = jax.vjp(_scores, xc, _slice(head, start, size))
+            scores, pull = jax.vjp(
+                lambda xc, part: _scores(xc, _joined(part, frozen)),
+                xc,
+                _slice(trained, start, size),
+            )
             hit = (tc[:, None] - start) == jnp.arange(size)
             g = (gl - gp)[:, None] * jnp.exp(scores - lc[:, None]) + jnp.where(
                 hit, gp[:, None], 0.0
@@ -218,7 +244,7 @@ def _backward(static: _Static, x, head, targets, num_chunks, lse, g_logprobs, g_
         dxc = dxc.reshape(groups, static.chunk, embed)
         return lax.dynamic_update_slice_in_dim(dx, dxc, i * static.chunk, axis=1), dhead
 
-    start = jnp.zeros(x.shape, jnp.float32), jax.tree.map(jnp.zeros_like, head)
+    start = jnp.zeros(x.shape, jnp.float32), jax.tree.map(jnp.zeros_like, trained)
     dx, dhead = lax.fori_loop(0, num_chunks, one_chunk, start)
     return dx.astype(x.dtype), dhead
 
@@ -237,23 +263,26 @@ def _over_blocks(f, carry, head: Head, size: int | None):
 
 
 def _slice(head: Head, start: Array | int, size: int) -> Head:
-    if size == head.shape[-1]:
-        return head
+    """Part of the vocabulary; a `Weight` that is not `Tied` is never cut."""
     if isinstance(head, Tied):
-        return Tied(lax.dynamic_slice_in_dim(head.embedding, start, size, axis=0))
-    return lax.dynamic_slice_in_dim(head, start, size, axis=1)
+        return Tied(_cut(head.embedding, start, size, axis=0))
+    return _cut(head, start, size, axis=1) if isinstance(head, jax.Array) else head
+
+
+def _cut(a: Array, start: Array | int, size: int, axis: int) -> Array:
+    return a if size == a.shape[axis] else lax.dynamic_slice_in_dim(a, start, size, axis)
 
 
 def _add_slice(total: Head, part: Head, start: Array | int) -> Head:
-    def add(whole, piece, axis):
-        size = piece.shape[axis]
-        if size == whole.shape[axis]:
-            return whole + piece
-        old = lax.dynamic_slice_in_dim(whole, start, size, axis)
-        return lax.dynamic_update_slice_in_dim(whole, old + piece, start, axis)
+    axis = 0 if isinstance(total, Tied) else 1
 
-    axis = 0 if isinstance(total, Tied) else -1
-    return jax.tree.map(lambda whole, piece: add(whole, piece, axis % whole.ndim), total, part)
+    def add(whole, piece):
+        if piece.shape == whole.shape:
+            return whole + piece
+        new = _cut(whole, start, piece.shape[axis], axis) + piece
+        return lax.dynamic_update_slice_in_dim(whole, new, start, axis)
+
+    return jax.tree.map(add, total, part)
 
 
 def _scores(x: Float[Array, "rows embed"], block: Head) -> Float[Array, "rows vocab"]:

@@ -6,7 +6,7 @@ import optax
 
 
 def warmup_cosine(
-    learning_rate: float, steps: int, warmup: float = 0, end: float = 0.0
+    learning_rate: float, steps: int, warmup: float = 0.0, end: float = 0.0
 ) -> optax.Schedule:
     """Linear from 0 to `learning_rate`, then half a cosine down to `end`.
 

@@ -205,7 +205,8 @@ def _per_matrix(
     if pattern:
         for index in np.ndindex(*stack):
             full = tree.numbered(name, index)
-            values[index] = next((v for regex, v in pattern if re.search(regex, full)), default)
+            found = (value for key, value in pattern if tree.regex(key).search(full))
+            values[index] = next(found, default)
     return values
 
 
@@ -294,9 +295,14 @@ def from_peft(
                 continue
             found[index] = _checked_factors(module, factors, w.shape[-2:])
             ranks[full] = found[index][0].shape[1]
-            alphas[full] = _peft_pattern(fields, "alpha_pattern", module, fields["lora_alpha"])
+            alpha = _peft_pattern(fields, "alpha_pattern", module, fields["lora_alpha"])
+            alphas[full] = float(alpha)
         if found:
-            adapter[f"{name}/a"], adapter[f"{name}/b"] = _stacked(found, w.shape)
+            adapter[f"{name}/a"], adapter[f"{name}/b"] = _, b = _stacked(found, w.shape)
+            for index in np.ndindex(
+                *w.shape[:-2]
+            ):  # layers that PEFT left out are zeros of full width
+                ranks.setdefault(tree.numbered(name, index), b.shape[-2])
     if tensors:
         raise ValueError(
             f"the adapter holds {next(iter(tensors))!r}, which fits no module of the model"

@@ -23,7 +23,7 @@ from trainjax.types import Params, Peft
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fine-tunes a model and writes a run's folder: adapter, checkpoints, metrics, settings."""
+    """Fine-tunes a model; writes adapter, checkpoints, metrics and settings to --out."""
 
     model: str
     """A hub id, a folder, a .gguf file, or a name that `trainjax fetch` knows."""
@@ -86,11 +86,15 @@ def main(config: Config) -> None:
     eval_rows = data.read(config.eval_data) if config.eval_data else None
     mesh = config.mesh.mesh()
     model = common.load_model(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
+    if model.tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer")
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size={config.batch_size}: a batch has at least one row")
 
     plan = data.Plan(
         config.batch_size, config.max_length, common.PACKING[config.packing], config.seed
     )
-    examples = _encode(config, rows, model)
+    examples = _encode(config, config.data, rows, model)
     loader = data.Loader(examples, plan, mesh)
     steps = len(plan.epoch(examples, 0)) if config.steps is None else config.steps
     if steps < 1:
@@ -106,8 +110,8 @@ def main(config: Config) -> None:
     if config.full:
         model = model.with_params(None)  # the state has its own; no second copy stays
     evaluate = None
-    if eval_rows is not None:
-        held_out = _encode(config, eval_rows, model)
+    if config.eval_data and eval_rows is not None:
+        held_out = _encode(config, config.eval_data, eval_rows, model)
         evaluate = train.evaluator(loss, lambda: data.one_epoch(held_out, plan, mesh))
 
     settings = _settings(config, model, examples, steps)
@@ -133,20 +137,28 @@ def main(config: Config) -> None:
                 derived=_derived(config, model, examples, state.params, schedule),
                 num_tokens=num_tokens,
             )
-    if method is None:
-        models.save_model(config.out / "model", model, state.params)
-    else:
+    if method is not None:
         models.save_adapter(config.out / "adapter", model, method, state.params)
+    elif not (config.out / "model").exists():  # it does where a finished run is resumed
+        models.save_model(config.out / "model", model, state.params)
 
 
-def _encode(config: Config, rows: data.Source, model: models.Model) -> data.Examples:
-    examples = data.encode(
-        rows,
-        model.tokenizer,
-        config.max_length,
-        template=config.template,
-        too_long=common.TOO_LONG[config.too_long],
-    )
+def _encode(config: Config, name: str, rows: data.Source, model: models.Model) -> data.Examples:
+    try:
+        examples = data.encode(
+            rows,
+            model.tokenizer,
+            config.max_length,
+            template=config.template,
+            too_long=common.TOO_LONG[config.too_long],
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if (largest := int(examples.tokens.max())) >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {config.model} gives the token {largest}, but the model's "
+            f"vocab_size={model.config.vocab_size}; they are not of one model"
+        )
     common.say(examples.summary())
     return examples
 

@@ -7,10 +7,11 @@ the one before it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ class Checkpoints:
             },
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
+                cleanup_tmp_directories=True,  # what a killed process left half written
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
         )
@@ -90,14 +92,17 @@ class Checkpoints:
                 arrays than `state`; the message names them.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: list[int] = []
         for step in steps:
-            damage = self._damage(step)
-            if not damage:
-                self._check_structure(step, state)
-                return self._read(step, state)
-            _log.warning("%s is damaged (%s); the one before it is used", self._path(step), damage)
-            self._path(step).rename(self.directory / f"{step}.damaged")
-            self._manager.reload()
+            if damage := self._damage(step):
+                _log.warning(
+                    "%s is damaged (%s); the one before it is used", self._path(step), damage
+                )
+                damaged.append(step)
+                continue
+            self._check_structure(step, state)
+            self._put_aside(damaged)
+            return self._read(step, state)
         if steps:
             raise ValueError(f"all {len(steps)} checkpoints in {self.directory} are damaged")
         return None
@@ -141,15 +146,22 @@ class Checkpoints:
     def _write_manifest(self) -> None:
         """Called by Orbax when all files are there, before the folder gets its final name."""
         for folder in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-            manifest = {"arrays": self._arrays, "files": _checksums(folder)}
-            (folder / _MANIFEST).write_text(json.dumps(manifest))
+            _dump_manifest(folder, {"arrays": self._arrays, "files": _checksums(folder)})
+
+    def _put_aside(self, damaged: Sequence[int]) -> None:
+        """Gives damaged checkpoints another name: the run will write those steps anew."""
+        for step in damaged:
+            names = (self.directory / f"{step}.damaged{'+' * n}" for n in itertools.count())
+            self._path(step).rename(next(name for name in names if not name.exists()))
+        if damaged:
+            self._manager.reload()
 
     def _damage(self, step: int) -> str:
         """What is wrong with a checkpoint's files, or nothing."""
         folder = self._path(step)
         try:
-            expected = json.loads((folder / _MANIFEST).read_text())["files"]
-        except (OSError, json.JSONDecodeError) as error:
+            expected = _load_manifest(folder)["files"]
+        except (OSError, ValueError) as error:
             return f"its list of checksums cannot be read: {error}"
         found = _checksums(folder)
         for name, checksum in expected.items():
@@ -160,7 +172,7 @@ class Checkpoints:
         return ""
 
     def _check_structure(self, step: int, state: TrainState) -> None:
-        there = json.loads((self._path(step) / _MANIFEST).read_text())["arrays"]
+        there = _load_manifest(self._path(step))["arrays"]
         here = _shapes(state)
         odd = sorted(
             name for name in here.keys() | there.keys() if here.get(name) != there.get(name)
@@ -175,6 +187,22 @@ class Checkpoints:
 
 def _shapes(state: TrainState) -> dict[str, list[int]]:
     return {name: list(leaf.shape) for name, leaf in tree.flatten(_as_arrays(state)).items()}
+
+
+def _dump_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """The list of what a checkpoint holds, with a checksum of the list itself."""
+    (folder / _MANIFEST).write_text(json.dumps({"checksum": _checksum(content), **content}))
+
+
+def _load_manifest(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / _MANIFEST).read_text())
+    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+        raise ValueError("it is not what was written")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:

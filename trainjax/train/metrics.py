@@ -40,22 +40,20 @@ def jsonl(path: Path, *, after_step: int = 0) -> Iterator[Sink]:
     """A file with one JSON object a line. Records of later steps than `after_step` are removed first:
     a resumed run writes them again, and equal ones at that.
     """
-    kept = []
     if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [
-            line for line in lines if _is_record(line) and json.loads(line)["step"] <= after_step
-        ]
-    path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in path.read_text().splitlines() if _is_before(line, after_step)]
+        shorter = path.with_name(f".{path.name}.tmp")
+        shorter.write_text("".join(f"{line}\n" for line in kept))
+        shorter.replace(path)  # at once: whoever is killed here has lost no record
     with path.open("a", buffering=1) as file:
         yield lambda record: print(json.dumps(dict(record)), file=file)
 
 
-def _is_record(line: str) -> bool:
-    """False for the half line that a killed process leaves."""
+def _is_before(line: str, after_step: int) -> bool:
+    """Whether a line is a record of an earlier step; not so the half line of a killed process."""
     try:
-        return "step" in json.loads(line)
-    except json.JSONDecodeError:
+        return json.loads(line)["step"] <= after_step
+    except (json.JSONDecodeError, KeyError, TypeError):
         return False
 
 

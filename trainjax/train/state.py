@@ -34,21 +34,32 @@ def init(
 ) -> TrainState:
     """The state before the first step.
 
-    The params are copied: the step donates its state, and must not take away arrays that a caller
-    still holds (an EWC anchor, the initial adapter).
+    Params and key are copied: the step donates its state, and must not take away arrays that a
+    caller still holds (an EWC anchor, the initial adapter).
     """
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = jax.random.key(key) if isinstance(key, int) else jnp.copy(key)
     params = jax.tree.map(jnp.copy, params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
-    return _on_one_mesh(state)
+    opt_state = _without_aliases(tx.init(params), params)
+    return _committed(TrainState(jnp.zeros((), jnp.int32), params, opt_state, key))
 
 
-def _on_one_mesh(state: TrainState) -> TrainState:
-    """Scalars and keys on the devices of the params; one jitted step takes one set of devices."""
+def _without_aliases(opt_state: Any, params: Params) -> Any:
+    """Copies of what an optimizer took over from the params; no buffer may be donated twice."""
+    taken = {id(leaf) for leaf in jax.tree.leaves(params)}
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in taken else leaf, opt_state)
+
+
+def _committed(state: TrainState) -> TrainState:
+    """Every leaf on the devices of the params, for good.
+
+    One jitted step takes one set of devices, so scalars and keys go where the params are. And the
+    step returns arrays that are bound to their devices: were those of the first state free to move,
+    the second call would be a second program.
+    """
     layouts = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
     mesh = next((layout.mesh for layout in layouts if isinstance(layout, NamedSharding)), None)
     if mesh is None:
-        return state
+        return jax.device_put(state, layouts[0]) if layouts else state
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +34,10 @@ def make_step(tx: optax.GradientTransformation, *, accumulate: int = 1) -> Step:
         accumulate: number of micro-batches; it divides the rows of the batch.
 
     Raises:
-        ValueError: rows that `accumulate` does not divide.
+        ValueError: rows that `accumulate` does not divide, or an `accumulate` below 1.
     """
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate}: a batch is at least one micro-batch")
 
     def step(state: TrainState, loss: Loss, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -98,9 +102,21 @@ def _with_fixed_layout(step: Step) -> Step:
     def run(state: TrainState, loss: Loss, batch: Batch) -> tuple[TrainState, Metrics]:
         layout = jax.tree.map(lambda leaf: leaf.sharding, state)
         leaves, structure = jax.tree.flatten(layout)
-        key = structure, tuple(leaves)
+        key = structure, tuple(leaves), tuple(x.shape for x in jax.tree.leaves(batch))
         if key not in programs:
-            programs[key] = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+            program = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+            program.lower(state, loss, batch).compile()  # the call finds it compiled
+            _return_freed_memory()
+            programs[key] = program
         return programs[key](state, loss, batch)
 
     return run
+
+
+def _return_freed_memory() -> None:
+    """Gives what the compiler has freed back to the system before the step takes its own.
+
+    glibc would keep it: 200 MB of the peak of a run whose model has 540.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,138 @@
+"""Live comparison with transformers and PEFT: the same function there and here, both ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import families, helpers
+from trainjax.models import load, load_adapter, save_adapter, save_model
+from trainjax.peft import lora
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore"),  # theirs: deprecations of one another
+]
+
+TOKENS = np.random.default_rng(1).integers(0, 48, (3, 17)).astype(np.int32)
+ADAPTERS = pytest.mark.parametrize("name", families.ADAPTERS)
+
+
+def torch_logits(model) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS).long()).logits.float().numpy()
+
+
+def pretrained(path: Path, **options):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def assert_same_logits(found, expected, tolerance: float = 1e-5) -> None:
+    helpers.assert_close({"logits": found}, {"logits": expected}, tolerance)
+
+
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    files = folder.glob("*.safetensors")
+    return {k: (v.dtype, v.tobytes()) for file in files for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("shard", ["1GB", "10KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_saved_model_of_transformers_is_the_same_function_here(tmp_path, name, shard):
+    model = families.torch_model(name)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "10KB")
+    assert_same_logits(load(tmp_path).logits(TOKENS), torch_logits(model))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_model_that_went_through_here_is_bitwise_the_same_in_transformers(tmp_path, name, dtype):
+    import torch
+
+    model = families.torch_model(name).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "theirs")
+    save_model(tmp_path / "ours", load(tmp_path / "theirs"))
+    assert tensors_of(tmp_path / "ours") == tensors_of(tmp_path / "theirs")
+    found, expected = pretrained(tmp_path / "ours"), pretrained(tmp_path / "theirs")
+    assert found.dtype == expected.dtype == getattr(torch, dtype)
+    np.testing.assert_array_equal(torch_logits(found), torch_logits(expected))
+
+
+@ADAPTERS
+def test_an_adapter_of_peft_attached_or_merged_is_the_same_function_here(tmp_path, name):
+    family, settings = families.ADAPTERS[name]
+    families.torch_model(family).save_pretrained(tmp_path / "base")
+    theirs = families.torch_adapter(pretrained(tmp_path / "base"), settings)
+    theirs.save_pretrained(tmp_path / "adapter")
+    expected, base = torch_logits(theirs), load(tmp_path / "base")
+    method, adapter = load_adapter(tmp_path / "adapter", base)
+    for params in (method.attach(base.params, adapter), method.merge(base.params, adapter)):
+        assert_same_logits(base.with_params(params).logits(TOKENS), expected)
+    assert_same_logits(torch_logits(theirs.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama_grouped", {"rank": 3, "alpha": 5.0}),
+        ("llama_biased_llama3", {"rank": 4, "rslora": True, "target": "attention/(query|output)"}),
+        ("llama_wide_heads", {"rank": 2, "target": "head|layers/mlp"}),
+        (
+            "qwen2",
+            {
+                "rank": 2,
+                "target": "attention|down",
+                "rank_pattern": {"layers/1/.*query": 4, "layers/./mlp": 1},
+                "alpha_pattern": {"layers/0/attention": 3.0},
+            },
+        ),
+    ],
+    ids=["all", "rslora", "head", "patterns"],
+)
+def test_an_adapter_made_here_is_the_same_function_in_peft(tmp_path, family, settings):
+    import peft
+
+    families.torch_model(family).save_pretrained(tmp_path / "base")
+    base, method = load(tmp_path / "base"), lora(**settings)
+    adapter = helpers.trained(method, base.params)
+    save_adapter(tmp_path / "adapter", base, method, adapter)
+    theirs = peft.PeftModel.from_pretrained(pretrained(tmp_path / "base"), tmp_path / "adapter")
+    found = base.with_params(method.attach(base.params, adapter)).logits(TOKENS)
+    assert_same_logits(found, torch_logits(theirs), 1e-4)
+    save_model(tmp_path / "merged", base, method.merge(base.params, adapter))
+    assert_same_logits(torch_logits(pretrained(tmp_path / "merged")), torch_logits(theirs))
+
+
+@ADAPTERS
+def test_an_adapter_of_peft_that_went_through_here_is_the_same_in_peft(tmp_path, name):
+    import peft
+
+    family, settings = families.ADAPTERS[name]
+    families.torch_model(family).save_pretrained(tmp_path / "base")
+    first = families.torch_adapter(pretrained(tmp_path / "base"), settings)
+    first.save_pretrained(tmp_path / "theirs")
+    base = load(tmp_path / "base")
+    save_adapter(tmp_path / "ours", base, *load_adapter(tmp_path / "theirs", base))
+    second = peft.PeftModel.from_pretrained(pretrained(tmp_path / "base"), tmp_path / "ours")
+    assert_same_logits(torch_logits(second), torch_logits(first))
+
+
+def test_every_field_of_a_plain_configuration_of_peft_is_known(tmp_path):
+    """A field that PEFT adds later must be decided on, whether or not it has an effect."""
+    families.torch_model("llama_tied").save_pretrained(tmp_path / "base")
+    theirs = families.torch_adapter(
+        pretrained(tmp_path / "base"), {"r": 2, "target_modules": ["q_proj"]}
+    )
+    theirs.save_pretrained(tmp_path / "adapter")
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert len(fields) > 30
+    load_adapter(tmp_path / "adapter", load(tmp_path / "base"))

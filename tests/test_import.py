@@ -1,0 +1,43 @@
+"""What importing costs: which packages come along, in a fresh interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+
+FOREIGN = {"torch", "tensorflow", "peft", "trl", "wandb", "datasets"}
+HEAVY = {"jax", "flax", "optax", "orbax", "numpy", "transformers", "grain", "tyro"}
+
+
+def imported(statement: str) -> set[str]:
+    """The top-level packages there are after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_package_alone_brings_nothing():
+    assert imported("import trainjax") & (FOREIGN | HEAVY) == set()
+
+
+def test_the_command_line_brings_nothing_before_a_job_is_chosen():
+    found = imported("from trainjax import cli\ncli.main(['--help'])")
+    assert found & (FOREIGN | HEAVY) == set()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["from trainjax import *", "import trainjax.recipes.sft", "import trainjax.recipes.inspect"],
+)
+def test_no_other_framework_comes_with_the_library(statement):
+    assert imported(statement) & FOREIGN == set()
+
+
+def test_every_public_name_is_there():
+    import trainjax
+
+    assert dir(trainjax) == trainjax.__all__
+    for name in trainjax.__all__:
+        assert getattr(trainjax, name) is not None
+    with pytest.raises(AttributeError, match="module 'trainjax' has no attribute 'lod'"):
+        trainjax.lod  # noqa: B018

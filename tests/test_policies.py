@@ -1,0 +1,141 @@
+"""Policies: log-probabilities aligned with tokens, references, and what may see what."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import trainjax as tj
+from tests import helpers
+from trainjax.peft import lora
+
+KEY = jax.random.key(0)
+BATCH = helpers.random_batch(rows=2, seq=8)
+
+
+@jax.jit
+def stats(policy, params, batch, key=None, where=None):
+    return policy(params, batch, key, where)
+
+
+@jax.jit
+def reference_stats(reference, batch):
+    return reference(batch)
+
+
+def of_all_the_logits(model, tokens) -> np.ndarray:
+    """`log p` of each token given those before it; 0 for the first."""
+    logits = np.asarray(model.logits(tokens), np.float64)[:, :-1]
+    logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    chosen = np.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+    return np.pad(chosen, ((0, 0), (1, 0)))
+
+
+def test_an_entry_is_of_its_own_token_and_the_first_of_a_row_is_zero():
+    model = helpers.tiny()
+    found = stats(tj.policy(model), model.params, BATCH)
+    expected = of_all_the_logits(model, BATCH["tokens"])
+    np.testing.assert_allclose(found.logprobs, expected, rtol=0, atol=1e-5)
+    assert not found.logsumexp[:, 0].any()
+
+
+def test_only_the_tokens_asked_for_come_out():
+    model, where = helpers.tiny(), BATCH["weights"] > 0
+    found = stats(tj.policy(model), model.params, BATCH, where=jnp.asarray(where))
+    expected = np.where(where, of_all_the_logits(model, BATCH["tokens"]), 0.0)
+    np.testing.assert_allclose(found.logprobs, expected, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_is_attached_to_the_models_weights():
+    model, method = helpers.tiny(), lora(rank=2)
+    adapter = helpers.trained(method, model.params)
+    merged = model.with_params(method.merge(model.params, adapter))
+    found = stats(tj.policy(model, method), adapter, BATCH).logprobs
+    expected = of_all_the_logits(merged, BATCH["tokens"])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_reference_is_the_base_whatever_the_adapter_and_its_dropout():
+    """The policy with a dropout key draws; the reference, run in the same program, does not."""
+    model, method = helpers.tiny(), lora(rank=2, dropout=0.5)
+    adapter = helpers.trained(method, model.params)
+
+    @jax.jit
+    def both(policy, reference, adapter, batch, key):
+        return policy(adapter, batch, key).logprobs, reference(batch).logprobs
+
+    policy, reference = tj.policy(model, method), tj.reference(model)
+    (one, first), (other, second) = (
+        both(policy, reference, adapter, BATCH, jax.random.key(i)) for i in (0, 1)
+    )
+    assert bool(jnp.any(one != other))
+    np.testing.assert_array_equal(first, second)
+    expected = of_all_the_logits(model, BATCH["tokens"])
+    np.testing.assert_allclose(first, expected, rtol=0, atol=1e-5)
+
+
+def test_a_policy_without_params_is_its_base():
+    model, method = helpers.tiny(), lora(rank=2)
+    found = stats(tj.policy(model, method), None, BATCH).logprobs
+    np.testing.assert_array_equal(found, reference_stats(tj.reference(model), BATCH).logprobs)
+
+
+def test_no_gradient_goes_into_a_reference():
+    model = helpers.tiny()
+
+    @jax.jit
+    @jax.grad
+    def gradient(reference, batch):
+        return reference(batch).logprobs.sum()
+
+    found = gradient(tj.reference(model), BATCH)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(found))
+
+
+def test_a_policy_holds_the_models_arrays_and_no_copy():
+    model = helpers.tiny()
+    for held in (tj.policy(model, lora(rank=2)).base, tj.reference(model).policy.base):
+        assert held is model.params
+    assert not jax.tree.leaves(tj.policy(model))  # full fine-tuning: the params come from outside
+
+
+# --- what a token sees --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"model_type": "mistral", "sliding_window": 3}], ids=["causal", "window"]
+)
+def test_a_state_depends_on_its_token_and_those_before_it_within_reach(settings):
+    """By gradient: of each state with respect to each token's embedding. A window of w reaches w - 1
+    tokens back in each of two layers.
+    """
+    model, seq = helpers.tiny(**settings), 8
+    table = model.params["embed"]["embedding"]
+    tokens = jnp.arange(seq, dtype=jnp.int32)[
+        None
+    ]  # all different, so a row of the table is a token
+
+    @jax.jit
+    @jax.jacrev
+    def jacobian(table):
+        params = model.params | {"embed": {"embedding": table}}
+        hidden = tj.policy(model).hidden(params, {"tokens": tokens})
+        return hidden[0] @ jnp.linspace(1.0, 2.0, hidden.shape[-1])
+
+    touched = np.asarray(jnp.any(jacobian(table) != 0, axis=-1))[:, :seq]
+    age = np.arange(seq)[:, None] - np.arange(seq)[None]
+    reach = 2 * (settings["sliding_window"] - 1) if settings else seq
+    np.testing.assert_array_equal(touched, (age >= 0) & (age <= reach))
+
+
+def test_a_changed_token_changes_nothing_in_another_segment_of_its_row():
+    model = helpers.tiny()
+    examples = [np.arange(5), np.arange(10, 16), np.arange(20, 23)]
+    batch = helpers.packed(examples, [[0, 1, 2]], seq=16)
+    hidden = jax.jit(lambda batch: tj.policy(model).hidden(model.params, batch))
+    changed = dict(batch, tokens=batch["tokens"].copy())
+    changed["tokens"][0, 5] = 60  # the first of the second segment
+    differs = np.asarray(jnp.any(hidden(batch) != hidden(changed), axis=-1))[0]
+    np.testing.assert_array_equal(differs, batch["segments"][0] == 2)
