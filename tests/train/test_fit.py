@@ -186,9 +186,12 @@ class TestSignals:
     @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
     def test_one_ends_the_run_after_the_step_under_way_and_saves(self, sent):
         saved = Saved()
-        derived = lambda record: (
-            (signal.raise_signal(sent) if record["step"] == 2 else None) or record
-        )
+
+        def derived(record):
+            if record["step"] == 2:
+                signal.raise_signal(sent)
+            return record
+
         with pytest.raises(train.Stopped, match=f"stopped by {sent.name} after step 3") as stop:
             run(50, checkpoints=saved, derived=derived)
         assert (stop.value.signal, stop.value.step) == (sent, 3)
