@@ -92,7 +92,7 @@ def _rows(
 
 def _runs(values: np.ndarray) -> list[tuple[int, int]]:
     """Where runs of equal values begin and end."""
-    edges = np.flatnonzero(values[1:] != values[:-1]) + 1
+    edges = (np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()
     return list(zip([0, *edges], [*edges, len(values)], strict=True))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -72,13 +73,13 @@ def _training(config: Config) -> sft.Config:
         model=config.model,
         data=str(config.out / "train.jsonl"),
         out=config.out,
-        batch_size=2,
+        batch_size=max(2, jax.device_count()),
         max_length=256,
         learning_rate=1e-3,
         save_every=20,
         seed=config.seed,
         resume=config.resume,
-        peft=common.PeftConfig(rank=16, alpha=32),
+        peft=common.PeftConfig(rank=16, alpha=32.0),
     )
 
 
