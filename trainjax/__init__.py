@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainjax import data as data
+    from trainjax import evals as evals
     from trainjax import losses as losses
     from trainjax import models as models
     from trainjax import optim as optim
+    from trainjax import parallel as parallel
     from trainjax import peft as peft
+    from trainjax import rollout as rollout
     from trainjax import train as train
     from trainjax import tree as tree
     from trainjax.models import load as load
@@ -36,7 +39,10 @@ _HOMES = {
     "save_adapter": "trainjax.models",
     "save_model": "trainjax.models",
 }
-_MODULES = ("data", "losses", "models", "optim", "peft", "train", "tree")
+_MODULES = {
+    *("data", "evals", "losses", "models", "optim"),
+    *("parallel", "peft", "rollout", "train", "tree"),
+}
 __all__ = sorted([*_HOMES, *_MODULES])
 
 
