@@ -107,8 +107,24 @@ def token_stats(
 
 def logits(hidden: Float[Array, "*rows embed"], head: Head) -> Float[Array, "*rows vocab"]:
     """All the logits in float32, for a few positions: sampling, small checks."""
-    flat = _scores(hidden.reshape(-1, hidden.shape[-1]), head)
-    return flat.reshape(*hidden.shape[:-1], -1)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    scores = _few_scores(flat, head.embedding) if isinstance(head, Tied) else _scores(flat, head)
+    return scores.reshape(*hidden.shape[:-1], -1)
+
+
+def _few_scores(
+    x: Float[Array, "rows embed"], embedding: Float[Array, "vocab embed"]
+) -> Float[Array, "rows vocab"]:
+    """`x @ embedding.T` for a few rows, with the table on the left of the product.
+
+    XLA's CPU backend packs the right operand anew each time; so packed are the rows and not the table:
+    6.7 ms against 10.9 for 8 rows of SmolLM2. The barrier keeps it from turning the product round.
+    """
+    contract = (((1,), (1,)), ((), ()))
+    scores = lax.dot_general(
+        embedding.astype(x.dtype), x, contract, preferred_element_type=jnp.float32
+    )
+    return lax.optimization_barrier(scores).T
 
 
 class _Static(NamedTuple):
