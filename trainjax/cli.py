@@ -63,6 +63,7 @@ def _run(job: Callable[[Any], None], config: Any) -> int:
     from trainjax.train import NotFinite, Stopped
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     logging.getLogger("absl").setLevel(
         logging.CRITICAL
     )  # Orbax logs tracebacks of errors it raises

@@ -167,7 +167,7 @@ def test_bad_rows_are_one_clear_sentence_with_the_row(rows, message):
 
 
 def test_messages_without_a_chat_template_are_refused():
-    with pytest.raises(ValueError, match="row 0: .*chat template; this has none"):
+    with pytest.raises(ValueError, match="row 0: .*has no chat template"):
         encode([{"messages": [USER, REPLY]}], template=None)
 
 

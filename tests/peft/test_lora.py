@@ -108,11 +108,14 @@ def test_patterns_give_a_layer_its_own_rank_and_alpha_and_the_first_match_wins()
         rank_pattern={"layers/1/.*up": 4, "up": 1},
         alpha_pattern={"layers/0": 3.0},
     )
-    up = stack_of(method, "layers/mlp/up/kernel")
+    names = "layers/mlp/up/kernel", "layers/mlp/gate/kernel"
+    params = tree.unflatten({name: jnp.zeros((2, 8, 6)) for name in names})
+    attached = tree.flatten(method.attach(params, method.init(KEY, params)))
+    up, gate = (attached[name] for name in names)
     np.testing.assert_array_equal(up.scale, [3.0 / 1, 8.0 / 4])
     used = np.asarray((up.a != 0).any(axis=1))
     np.testing.assert_array_equal(used, [[True, False, False, False], [True] * 4])
-    np.testing.assert_array_equal(stack_of(method, "layers/mlp/gate/kernel").scale, [1.5, 4.0])
+    np.testing.assert_array_equal(gate.scale, [1.5, 4.0])
 
 
 def test_ranks_above_a_smaller_one_stay_zero_in_training():
@@ -202,6 +205,14 @@ def test_layers_and_matrices_drop_apart():
         ({"target": "norm"}, "matches 'norm'; the names are head/kernel, "),
         ({"target": "("}, r"'\(' is not a regular expression"),
         ({"rank": 2, "rank_pattern": {"(": 3}}, r"'\(' is not a regular expression"),
+        (
+            {"rank": 2, "target": "mlp", "rank_pattern": {"layers/0/mlp/upp": 4}},
+            "rank_pattern: 'layers/0/mlp/upp' .* layers/mlp/up/kernel, .* in layers/0/mlp/down/kernel",
+        ),
+        (
+            {"rank": 2, "target": "mlp", "alpha_pattern": {"attention": 1.0}},
+            "alpha_pattern: 'attention' matches no matrix",
+        ),
         ({"rank": 2, "alpha_pattern": {"[": 3.0}}, r"'\[' is not a regular expression"),
         ({"dropout": 1.0}, "dropout=1.0 is not a probability below 1"),
         ({"dropout": -0.1}, "dropout=-0.1 is not a probability"),

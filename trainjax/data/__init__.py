@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from trainjax.data.encode import Examples, drop, encode, refuse, truncate
 from trainjax.data.packing import Pack, best_fit, unpacked
 from trainjax.data.pipeline import Loader, Plan, fill, one_epoch, sequence_mean, token_mean
+from trainjax.data.render import apply_template
 from trainjax.data.sources import Source, read
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Examples",
     "Loader",
     "Plan",
+    "apply_template",
     "best_fit",
     "drop",
     "encode",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trainjax.data.formats import Conversation, Message, Text
+from trainjax.data.formats import Conversation, Text
 
 
 class Rendered(NamedTuple):
@@ -43,13 +43,11 @@ def render(row: Conversation | Text, tokenizer: Any, *, template: bool = True) -
             return Rendered(text, ((len(prompt), len(text)),), plain=True)
         user = {"role": "user", "content": row.prompt}
         row = Conversation([user, {"role": "assistant", "content": row.completion}], only_last=True)
-    if tokenizer.chat_template is None:
-        raise ValueError("rows with messages need a tokenizer with a chat template; this has none")
     return _conversation(row, tokenizer)
 
 
 def _conversation(row: Conversation, tokenizer: Any) -> Rendered:
-    text = _apply(tokenizer, row.messages, row.tools)
+    text = apply_template(tokenizer, row.messages, row.tools)
     turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     if row.only_last:
         turns = [len(row.messages) - 1]
@@ -59,10 +57,10 @@ def _conversation(row: Conversation, tokenizer: Any) -> Rendered:
 
 def _span(tokenizer: Any, text: str, row: Conversation, turn: int) -> tuple[int, int]:
     """Where a turn's answer stands: after the prompt that generation would give, to the turn's end."""
-    end_text = _apply(tokenizer, row.messages[: turn + 1], row.tools)
+    end_text = apply_template(tokenizer, row.messages[: turn + 1], row.tools)
     if turn == 0:  # no template renders an empty conversation alike: the answer begins at its text
         return text.index(str(row.messages[0]["content"])), len(end_text)
-    start_text = _apply(tokenizer, row.messages[:turn], row.tools, generation=True)
+    start_text = apply_template(tokenizer, row.messages[:turn], row.tools, generation=True)
     if not text.startswith(end_text) or not end_text.startswith(start_text):
         raise ValueError(
             "the chat template writes earlier turns differently once later ones follow, so the "
@@ -72,15 +70,30 @@ def _span(tokenizer: Any, text: str, row: Conversation, turn: int) -> tuple[int,
     return len(start_text), len(end_text)
 
 
-def _apply(
+def apply_template(
     tokenizer: Any,
-    messages: Sequence[Message],
-    tools: Sequence[Any] | None,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
     *,
     generation: bool = False,
 ) -> str:
+    """The text of a conversation, with the template's control tokens as text.
+
+    Args:
+        tokenizer: a `PreTrainedTokenizerFast`.
+        messages: of a conversation, oldest first.
+        tools: that the template may describe.
+        generation: end with the beginning of an assistant's answer.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or one that refuses the messages.
+    """
     from jinja2 import TemplateError
 
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template, so messages cannot be written; use plain text"
+        )
     try:
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=generation

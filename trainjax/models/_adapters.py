@@ -16,7 +16,7 @@ from trainjax.types import Params, Peft
 
 
 def save_adapter(path: str | Path, model: Model, method: Peft, adapter: Params) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`, which PEFT and vLLM load.
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads.
 
     The base's fingerprint goes with it, so that loading it over another base is noticed.
 

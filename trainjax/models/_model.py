@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from trainjax import tree
+from trainjax import platform, tree
 from trainjax.nn import Decoder, DecoderConfig, head
 from trainjax.ops import vocab
 from trainjax.types import Params
@@ -55,7 +55,7 @@ class Model:
         return dataclasses.replace(self, params=params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(platform.jit, static_argnums=0)
 def _logits(module: Decoder, params: Params, tokens: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = module.apply({"params": params}, tokens, positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -26,4 +27,5 @@ class SwiGlu(nn.Module):
     def __call__(self, x: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
         gate = checkpoint_name(Dense(self.features, self.use_bias, name="gate")(x), "gate")
         up = checkpoint_name(Dense(self.features, self.use_bias, name="up")(x), "up")
-        return Dense(x.shape[-1], self.use_bias, name="down")(nn.silu(gate) * up)
+        hidden = nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return Dense(x.shape[-1], self.use_bias, name="down")(hidden.astype(x.dtype))

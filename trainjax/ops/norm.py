@@ -30,6 +30,18 @@ def _normalised(x: Array, epsilon: float) -> tuple[Array, Array]:
     return x * inverse, inverse
 
 
+def _row_means(product: Array) -> Array:
+    """The mean over the last axis, kept.
+
+    XLA's CPU backend turns a sum of products into as many products of a row and a column, 8 times
+    slower than one product with a column of ones.
+    """
+    if jax.default_backend() != "cpu":
+        return jnp.mean(product, axis=-1, keepdims=True)
+    size = product.shape[-1]
+    return product @ jnp.full((size, 1), 1.0 / size, product.dtype)
+
+
 def _fwd(x, scale, epsilon):
     return rms_norm(x, scale, epsilon), (x, scale)
 
@@ -39,7 +51,7 @@ def _bwd(epsilon, residuals, g):
     unit, inverse = _normalised(x, epsilon)
     g = g.astype(jnp.float32)
     g_unit = g * scale.astype(jnp.float32)
-    dx = inverse * (g_unit - unit * jnp.mean(g_unit * unit, axis=-1, keepdims=True))
+    dx = inverse * (g_unit - unit * _row_means(g_unit * unit))
     dscale = jnp.sum((g * unit).reshape(-1, x.shape[-1]), axis=0)
     return dx.astype(x.dtype), dscale.astype(scale.dtype)
 

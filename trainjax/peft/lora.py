@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from trainjax import tree
-from trainjax.ops.low_rank import low_rank
+from trainjax.ops.matmul import low_rank, matmul
 from trainjax.types import Params, Peft, PeftFiles, Weight, pytree, static
 
 ALL_LINEAR = r"^layers/"
@@ -42,9 +42,8 @@ class Lora(Weight):
     dropout: float = static(0.0)
 
     def __rmatmul__(self, x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
-        w = self.w.astype(x.dtype) if isinstance(self.w, jax.Array) else self.w
         b = (self.b * self.scale[..., None, None]).astype(x.dtype)
-        return x @ w + low_rank(self._dropped(x), self.a.astype(x.dtype), b)
+        return matmul(x, self.w) + low_rank(self._dropped(x), self.a.astype(x.dtype), b)
 
     def _dropped(self, x: Array) -> Array:
         if self.key is None or not self.dropout:
@@ -94,7 +93,8 @@ def lora(
         dropout: on the update's input, in training only.
 
     Raises:
-        ValueError: rank below 1 or above a matrix's sides; dropout outside [0, 1); no match.
+        ValueError: rank below 1 or above a matrix's sides; dropout outside [0, 1); a regex that
+            matches nothing.
 
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3. Agrees with PEFT 0.21 `LoraLayer`.
     """
@@ -114,6 +114,7 @@ def _lora(config: _Config) -> Peft:
 
 def _init(config: _Config, key: PRNGKeyArray, params: Params) -> Params:
     targets = _targets(config, params)
+    _check_patterns(config, targets)
     ranks = {
         name: _per_matrix(config.rank_pattern, config.rank, name, w.shape[:-2])
         for name, w in targets.items()
@@ -185,6 +186,21 @@ def _with_factors(leaf: Any, params: Params, adapter: Params) -> Params:
 def _targets(config: _Config, params: Params) -> dict[str, Any]:
     matrices = {name: w for name, w in tree.flatten(params).items() if name.endswith("kernel")}
     return tree.select(matrices, config.target)
+
+
+def _check_patterns(config: _Config, targets: Mapping[str, Any]) -> None:
+    names = [
+        tree.numbered(name, index)
+        for name, w in targets.items()
+        for index in np.ndindex(*w.shape[:-2])
+    ]
+    for kind in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(config, kind):
+            if not any(tree.regex(pattern).search(name) for name in names):
+                raise ValueError(
+                    f"{kind}: {pattern!r} matches no matrix with an adapter; they are "
+                    f"{', '.join(targets)}, with the layer's number in it as in {names[0]}"
+                )
 
 
 def _check_ranks(name: str, ranks: np.ndarray, fan_in: int, fan_out: int) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from trainjax import parallel
+from trainjax import data, parallel, platform
 from trainjax.models import Model
 from trainjax.nn import Cache, Decoder, head, init_cache
 from trainjax.ops import vocab
@@ -65,15 +65,8 @@ def prompt_ids(
         if not ids:
             raise ValueError("the prompt is empty, and this tokenizer begins no text by itself")
         return ids
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template; ask for a raw continuation")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, KeyError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    text = data.apply_template(tokenizer, messages, generation=True)
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -297,7 +290,7 @@ def _left_padded(prompts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, n
     return tokens, lengths
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(platform.jit, static_argnums=(0, 1))
 def _prefill(
     module: Decoder,
     room: int,
@@ -335,7 +328,7 @@ def _pieces(x: Array) -> Array:
     return jnp.swapaxes(x.reshape(rows, -1, min(width, _PIECE)), 0, 1)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(platform.jit, static_argnums=0, donate_argnums=3)
 def _decode(
     module: Decoder,
     params: Params,

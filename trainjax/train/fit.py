@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainjax import platform
 from trainjax.train.checkpoint import Checkpoints
 from trainjax.train.metrics import Sink, peak_memory_bytes
 from trainjax.train.state import TrainState
@@ -232,7 +233,7 @@ def evaluator(
         loss: as in training; nothing random is on.
         batches: gives the batches of one pass, whose weights sum to 1 over all of them.
     """
-    forward = jax.jit(lambda loss, params, batch: loss(params, batch, None))
+    forward = platform.jit(lambda loss, params, batch: loss(params, batch, None))
 
     def evaluate(params: Params) -> dict[str, float]:
         totals: dict[str, Any] = {}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from trainjax import platform
 from trainjax.train.state import TrainState
 from trainjax.types import Batch, Loss, Metrics, Params
 
@@ -104,7 +105,12 @@ def _with_fixed_layout(step: Step) -> Step:
         leaves, structure = jax.tree.flatten(layout)
         key = structure, tuple(leaves), tuple(x.shape for x in jax.tree.leaves(batch))
         if key not in programs:
-            program = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+            program = jax.jit(
+                step,
+                donate_argnums=0,
+                out_shardings=(layout, None),
+                compiler_options=platform.compiler_options(),
+            )
             program.lower(state, loss, batch).compile()  # the call finds it compiled
             _return_freed_memory()
             programs[key] = program
