@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from trainjax import data, parallel, peft, rollout, train
+from trainjax import data, parallel, peft, rollout
 from trainjax.models import Model, load
 from trainjax.nn import remat
-from trainjax.train import metrics
 from trainjax.types import Peft
 
 DTYPES: Mapping[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -141,68 +138,3 @@ def _plain(value: Any) -> Any:
 def say(text: str) -> None:
     """A word to the user, beside the output proper."""
     print(text, file=sys.stderr, flush=True)
-
-
-def claim_folder(out: Path, *, resume: bool) -> None:
-    """Makes the run's folder, or says at once why it cannot be used.
-
-    Raises:
-        ValueError: it holds another run and this one does not continue it.
-        OSError: it cannot be written.
-    """
-    if not resume and any(
-        (out / name).exists() for name in ("config.yaml", "checkpoints", "adapter", "model")
-    ):
-        raise ValueError(
-            f"{out} holds another run; continue it with --resume, or give another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        pass
-
-
-def resumed(
-    state: train.TrainState,
-    saved: train.Checkpoints,
-    loader: data.Loader,
-    settings: Mapping[str, Any],
-    *,
-    wanted: bool,
-) -> tuple[train.TrainState, int]:
-    """The state to begin with and the tokens seen before it; the loader is moved to its place.
-
-    Raises:
-        ValueError: the checkpoint is of a run with other settings; both values are named.
-    """
-    found = saved.restore(state) if wanted else None
-    if found is None:
-        if wanted:
-            say(f"no checkpoint in {saved.directory}: starting from the beginning")
-        return state, 0
-    before = found.extra["settings"]
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"the run in {saved.directory.parent} had {name}={before.get(name)!r}, now it is "
-                f"{value!r}; resume with the same, or start another run with another --out"
-            )
-    loader.set_state(found.extra["batches"])
-    say(f"resuming after step {found.step}")
-    return found.state, found.extra["num_tokens"]
-
-
-@contextlib.contextmanager
-def sinks(
-    out: Path, steps: int, done: int, tensorboard: bool, wandb: str | None
-) -> Iterator[list[metrics.Sink]]:
-    """Where a run's records go: `metrics.jsonl` and the terminal, and what else is asked for."""
-    with contextlib.ExitStack() as stack:
-        to = [stack.enter_context(metrics.jsonl(out / "metrics.jsonl", after_step=done))]
-        to.append(stack.enter_context(metrics.progress(steps, done)))
-        if tensorboard:
-            to.append(stack.enter_context(metrics.tensorboard(out / "tensorboard")))
-        if wandb:
-            to.append(
-                stack.enter_context(metrics.wandb(project=wandb, name=out.name, dir=str(out)))
-            )
-        yield to

@@ -16,6 +16,7 @@ from trainjax.data import tasks
 from trainjax.evals import ExactMatch, exact_match
 from trainjax.io import fetch
 from trainjax.recipes import _common as common
+from trainjax.recipes import _training as training
 from trainjax.recipes import sft
 
 Rows = list[dict[str, Any]]
@@ -41,7 +42,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the job."""
-    common.claim_folder(config.out, resume=config.resume)
+    training.claim_folder(config.out, resume=config.resume)
     if config.model in fetch.CATALOG:
         fetch.fetch(config.model, common.say)
     train = tasks.rows(config.examples, config.seed)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from trainjax import data, losses, models, optim, train, tree
-from trainjax.nn import flops_per_token
 from trainjax.policies import policy
 from trainjax.recipes import _common as common
+from trainjax.recipes import _training as training
 from trainjax.recipes._common import MeshConfig, PeftConfig
-from trainjax.train import metrics
 from trainjax.types import Params, Peft
 
 
@@ -81,7 +79,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the job."""
-    common.claim_folder(config.out, resume=config.resume)
+    training.claim_folder(config.out, resume=config.resume)
     rows = data.read(config.data)  # before the model: a mistyped name should not cost a minute
     eval_rows = data.read(config.eval_data) if config.eval_data else None
     mesh = config.mesh.mesh()
@@ -94,7 +92,14 @@ def main(config: Config) -> None:
     plan = data.Plan(
         config.batch_size, config.max_length, common.PACKING[config.packing], config.seed
     )
-    examples = _encode(config, config.data, rows, model)
+    encode = functools.partial(
+        training.encode,
+        model=model,
+        max_length=config.max_length,
+        template=config.template,
+        too_long=common.TOO_LONG[config.too_long],
+    )
+    examples = encode(config.data, rows)
     loader = data.Loader(examples, plan, mesh)
     steps = len(plan.epoch(examples, 0)) if config.steps is None else config.steps
     if steps < 1:
@@ -111,15 +116,15 @@ def main(config: Config) -> None:
         model = model.with_params(None)  # the state has its own; no second copy stays
     evaluate = None
     if config.eval_data and eval_rows is not None:
-        held_out = _encode(config, config.eval_data, eval_rows, model)
+        held_out = encode(config.eval_data, eval_rows)
         evaluate = train.evaluator(loss, lambda: data.one_epoch(held_out, plan, mesh))
 
-    settings = _settings(config, model, examples, steps)
+    settings = training.settings(config, _SAME, steps=steps, model=model, examples=examples)
     with contextlib.closing(train.Checkpoints(config.out / "checkpoints", config.keep)) as saved:
-        state, num_tokens = common.resumed(state, saved, loader, settings, wanted=config.resume)
+        state, num_tokens = training.resumed(state, saved, loader, settings, wanted=config.resume)
         common.save_config(config, config.out / "config.yaml")
         step = train.make_step(tx, accumulate=config.accumulate)
-        with common.sinks(
+        with training.sinks(
             config.out, steps, int(state.step), config.tensorboard, config.wandb
         ) as to:
             state = train.fit(
@@ -134,7 +139,7 @@ def main(config: Config) -> None:
                 evaluate=evaluate,
                 eval_every=config.eval_every,
                 settings=settings,
-                derived=_derived(config, model, examples, state.params, schedule),
+                derived=training.rates(model, examples, state.params, schedule, full=config.full),
                 num_tokens=num_tokens,
             )
     if method is not None:
@@ -143,69 +148,13 @@ def main(config: Config) -> None:
         models.save_model(config.out / "model", model, state.params)
 
 
-def _encode(config: Config, name: str, rows: data.Source, model: models.Model) -> data.Examples:
-    try:
-        examples = data.encode(
-            rows,
-            model.tokenizer,
-            config.max_length,
-            template=config.template,
-            too_long=common.TOO_LONG[config.too_long],
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if (largest := int(examples.tokens.max())) >= model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {config.model} gives the token {largest}, but the model's "
-            f"vocab_size={model.config.vocab_size}; they are not of one model"
-        )
-    common.say(examples.summary())
-    return examples
+_SAME = (  # what must be equal for a resumed run to be the same run
+    *("batch_size", "max_length", "packing", "template", "too_long", "seed", "dtype", "accumulate"),
+    *("learning_rate", "warmup", "weight_decay", "clip", "full", "peft"),
+)
 
 
 def _start(config: Config, method: Peft | None, model: models.Model) -> Params:
     if method is None:
         return tree.cast(model.params, jnp.float32)
     return method.init(jax.random.key(config.seed), model.params)
-
-
-def _settings(
-    config: Config, model: models.Model, examples: data.Examples, steps: int
-) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the same run."""
-    same = (
-        *(
-            "batch_size",
-            "max_length",
-            "packing",
-            "template",
-            "too_long",
-            "seed",
-            "dtype",
-            "accumulate",
-        ),
-        *("learning_rate", "warmup", "weight_decay", "clip", "full"),
-    )
-    settings = {name: getattr(config, name) for name in same}
-    settings |= {f"peft.{name}": value for name, value in dataclasses.asdict(config.peft).items()}
-    return settings | {"steps": steps, "model": model.fingerprint, "data": examples.fingerprint()}
-
-
-def _derived(
-    config: Config, model: models.Model, examples: data.Examples, params: Params, schedule: Any
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    flops = flops_per_token(
-        model.config,
-        context=float((examples.lengths**2).sum() / examples.lengths.sum() / 2),
-        adapter_size=0 if config.full else tree.count(params),
-        full=config.full,
-        targets=float(examples.trained.mean()),
-    )
-    peak = metrics.peak_flops()
-
-    def derived(record: dict[str, Any]) -> dict[str, Any]:
-        rate = float(schedule(record["step"] - 1))
-        mfu = None if peak is None else record["tokens_per_second"] * flops / peak
-        return record | {"learning_rate": rate, "mfu": mfu}
-
-    return derived

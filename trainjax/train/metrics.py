@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import resource
 import sys
@@ -145,26 +146,26 @@ def peak_memory_bytes() -> int:
     )
 
 
-def peak_flops() -> float | None:
+def peak_flops(dtype: Any = jnp.float32) -> float | None:
     """FLOP/s of all devices together, the denominator of MFU.
 
     Of accelerators it is the published dense bf16 peak (None for one that is not in the table); of a
-    CPU, what a large float32 matrix product reaches here and now, measured in a fifth of a second.
+    CPU, what a large matrix product in `dtype` reaches here and now, measured in a fifth of a second.
     """
     kind = jax.devices()[0].device_kind
     if jax.default_backend() == "cpu":
-        return _measured_flops() * jax.process_count()
+        return _measured_flops(dtype) * jax.process_count()
     peak = next((peak for name, peak in _PEAKS.items() if name in kind), None)
     return None if peak is None else peak * jax.device_count()
 
 
-def _measured_flops(size: int = 1024, repeats: int = 5) -> float:
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), jnp.float32)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
+def _measured_flops(dtype: Any, size: int = 1024, repeats: int = 5) -> float:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), dtype)
+    product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
+    product(x, x).block_until_ready()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        product(x).block_until_ready()
+        product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
