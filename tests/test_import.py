@@ -1,11 +1,13 @@
 """What importing costs: which packages come along, in a fresh interpreter."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 FOREIGN = {"torch", "tensorflow", "peft", "trl", "wandb", "datasets"}
+_WITHOUT_FAKE_DEVICES = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 HEAVY = {"jax", "flax", "optax", "orbax", "numpy", "transformers", "grain", "tyro"}
 
 
@@ -41,3 +43,13 @@ def test_every_public_name_is_there():
         assert getattr(trainjax, name) is not None
     with pytest.raises(AttributeError, match="module 'trainjax' has no attribute 'lod'"):
         trainjax.lod  # noqa: B018
+
+
+def test_importing_starts_no_devices():
+    """`jax.distributed.initialize` must come first, and so must a choice of devices."""
+    code = """
+import jax, trainjax.recipes.sft, trainjax.recipes.generate
+jax.config.update("jax_num_cpu_devices", 3)
+assert jax.device_count() == 3
+"""
+    subprocess.run([sys.executable, "-c", code], env=_WITHOUT_FAKE_DEVICES, check=True)

@@ -44,6 +44,26 @@ def toy(tx=TX):
     )
 
 
+def test_a_bf16_step_goes_where_a_float32_step_goes():
+    """bf16 has programs of its own; over five steps of plain descent their params stay together."""
+    moved = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = helpers.tiny(compute_dtype=dtype)
+        base = tree.cast(model.params, dtype)
+        method, tx = lora(rank=2, target="query|up"), optax.sgd(1e-3)
+        start = helpers.trained(method, model.params)
+        loss = sft(tj.policy(model.with_params(base), method))
+        state, step = init(start, tx), make_step(tx, accumulate=2)
+        begin = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(start)])
+        for number in range(5):
+            state, _ = step(state, loss, helpers.random_batch(rows=4, seed=number))
+        end = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
+        moved[dtype] = end - begin
+    wide, narrow = moved.values()
+    assert np.linalg.norm(wide) > 0.01
+    assert np.linalg.norm(wide - narrow) < 0.25 * np.linalg.norm(wide)  # 0.15: the model is steep
+
+
 @pytest.mark.parametrize("split", [None, (1, 2, 2)], ids=["one device", "mesh"])
 def test_fifty_steps_are_one_compilation(split, caplog):
     mesh = split and helpers.mesh_of(*split)

@@ -18,20 +18,29 @@ def dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     XLA's CPU backend has a kernel for products of bfloat16 summed in float32, which is twice as fast
     as one of float32; asked for a bfloat16 result it casts both operands to float32 instead.
     """
-    narrow = jax.default_backend() == "cpu" and a.dtype == jnp.bfloat16
     contract = (((axis_a,), (axis_b,)), ((), ()))
-    out = lax.dot_general(a, b, contract, preferred_element_type=jnp.float32 if narrow else None)
-    return out.astype(a.dtype)
+    kind = jnp.float32 if _is_narrow(a) else None
+    return lax.dot_general(a, b, contract, preferred_element_type=kind).astype(a.dtype)
+
+
+def _is_narrow(x: Array) -> bool:
+    return jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16
 
 
 def matmul(x: Float[Array, "rows in"], w: Array | Weight) -> Float[Array, "rows out"]:
     """`x @ w` in x's dtype, for a matrix or what stands for one."""
-    return _matmul(x, w) if isinstance(w, jax.Array) else x @ w
+    if isinstance(w, jax.Array):
+        return _matmul(x, w) if _is_narrow(x) else x @ w.astype(x.dtype)
+    return x @ w
 
 
 @jax.custom_vjp
 def _matmul(x: Array, w: Array) -> Array:
-    """Its gradients are `dot`s too; those of a product that is cast afterwards would be of float32."""
+    """Its gradients are `dot`s too; those of a product that is cast afterwards would be of float32.
+
+    For bf16 on CPU alone: elsewhere autodiff's are the same, and with several CPU devices in a process
+    XLA lays the gathers of sharded weights out so that they can wait for one another for ever.
+    """
     return dot(x, w.astype(x.dtype), 1, 0)
 
 
