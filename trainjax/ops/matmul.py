@@ -38,8 +38,7 @@ def matmul(x: Float[Array, "rows in"], w: Array | Weight) -> Float[Array, "rows 
 def _matmul(x: Array, w: Array) -> Array:
     """Its gradients are `dot`s too; those of a product that is cast afterwards would be of float32.
 
-    For bf16 on CPU alone: elsewhere autodiff gives the same. With float32 weights sharded over four
-    CPU devices of one process, programs with this rule were seen to hang in their gathers.
+    For bf16 on CPU alone: elsewhere autodiff gives the same products.
     """
     return dot(x, w.astype(x.dtype), 1, 0)
 
