@@ -15,6 +15,7 @@ import pytest
 
 from tests import helpers
 from trainjax.losses import policy_gradient as pg
+from trainjax.losses.reward import weighted_objectives
 from trainjax.ops.vocab import TokenStats
 from trainjax.policies import policy
 from trainjax.types import Loss, pytree
@@ -218,7 +219,7 @@ def test_whitening_of_few_or_equal_numbers_is_zero(count):
 GROUPS: dict[str, Callable[..., Any]] = {
     "grpo": lambda r, w: pg.grpo_advantages(r[..., 0]),
     "dr_grpo": lambda r, w: pg.dr_grpo_advantages(r[..., 0]),
-    "weighted": lambda r, w: pg.grpo_advantages(pg.weighted_rewards(r, w)),
+    "weighted": lambda r, w: pg.grpo_advantages(weighted_objectives(r, w)),
     "gdpo": pg.gdpo_advantages,
     "rloo": lambda r, w: pg.rloo_advantages(r[..., 0]),
 }

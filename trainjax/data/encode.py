@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from trainjax.data.formats import detect
+from trainjax.data.formats import FORMATS, detect
 from trainjax.data.render import Rendered, render
 from trainjax.data.sources import Source
 
@@ -183,7 +183,7 @@ def _rendered_chunks(
 ) -> Iterator[tuple[int, list[Rendered]]]:
     if not len(source):
         raise ValueError("the dataset is empty")
-    read = at_row(0, lambda: detect(list(source[0])))
+    read = at_row(0, lambda: detect(list(source[0]), FORMATS))
     for start in range(0, len(source), _CHUNK):
         chunk = []
         for number in range(start, min(start + _CHUNK, len(source))):

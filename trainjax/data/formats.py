@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from trainjax.data.sources import Row
 
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +100,16 @@ FORMATS: Mapping[tuple[str, ...], Format] = {
 """The columns of each known format, and how its rows are read; the first that fits is taken."""
 
 
-def detect(columns: Sequence[str]) -> Format:
-    """The format of rows with these columns.
+def detect(columns: Sequence[str], formats: Mapping[tuple[str, ...], T]) -> T:
+    """The reader of rows with these columns, from a table such as `FORMATS`.
 
     Raises:
         ValueError: none fits; the message says what was found and what is accepted.
     """
-    for needed, read in FORMATS.items():
+    for needed, read in formats.items():
         if set(needed) <= set(columns):
             return read
-    accepted = "; ".join(" + ".join(needed) for needed in FORMATS)
+    accepted = "; ".join(" + ".join(needed) for needed in formats)
     raise ValueError(f"the columns are {', '.join(columns) or 'none'}; accepted are: {accepted}")
 
 

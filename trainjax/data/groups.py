@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from trainjax.data.encode import Examples, Groups, TooLong, at_row, tokenized, truncate
-from trainjax.data.formats import Conversation, Text, completion, list_of_messages
+from trainjax.data.formats import Conversation, Text, completion, detect, list_of_messages
 from trainjax.data.render import render
 from trainjax.data.sources import Row, Source
 
@@ -119,7 +119,7 @@ def encode_groups(
     """
     if not len(source):
         raise ValueError("the dataset is empty")
-    read = at_row(0, lambda: _detect(list(source[0]))) if read is None else read
+    read = at_row(0, lambda: detect(list(source[0]), FORMATS)) if read is None else read
     made: list[_Laid] = []
     truncated = left_out = without_target = 0
     for number, group, answers in _tokenized(source, tokenizer, read, template, progress):
@@ -220,14 +220,6 @@ def _tokenized(
         for number, group in zip(numbers, groups, strict=True):
             yield number, group, [next(answers) for _ in group.completions]
         progress(numbers.stop)
-
-
-def _detect(columns: Sequence[str]) -> Read:
-    for needed, read in FORMATS.items():
-        if set(needed) <= set(columns):
-            return read
-    accepted = "; ".join(" + ".join(needed) for needed in FORMATS)
-    raise ValueError(f"the columns are {', '.join(columns) or 'none'}; accepted are: {accepted}")
 
 
 def _parts(row: Row) -> tuple[Any, Any, Any]:

@@ -46,9 +46,9 @@ def scheduled(loss: Loss, schedule: Schedule) -> Loss:
     return Loss(_scheduled, (loss, as_partial(schedule)))
 
 
-def as_partial(function: Callable[..., Any]) -> Partial:
-    """A function as a pytree; one that is a `Partial` keeps its arguments inputs of the program."""
-    return function if isinstance(function, Partial) else Partial(function)
+def as_partial(function: Callable[..., Any]) -> Any:
+    """A function as a pytree; one that is a pytree already keeps its arrays inputs of the program."""
+    return Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
 def _scheduled(

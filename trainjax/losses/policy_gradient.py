@@ -2,7 +2,8 @@
 
 The parts are array functions that a training loop puts together:
 
-- rewards: `soft_overlong_punishment`, `weighted_rewards`, `token_rewards`, `dynamic_sampling_mask`;
+- rewards: `soft_overlong_punishment`, `token_rewards`, `dynamic_sampling_mask`, and for several at once
+  `reward.weighted_objectives`;
 - advantages: `gae`, `discounted_returns`, `whiten`, and one function for each way of making a
   baseline from a group of samples (GRPO, Dr. GRPO, GDPO, RLOO, ReMax, REINFORCE++);
 - weights: which average over tokens the loss is (`token_mean` and its like);
@@ -37,6 +38,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from trainjax.losses.reward import weighted_objectives
 from trainjax.ops.vocab import Extras
 from trainjax.types import Batch, Loss, Metrics, Params, pytree, static
 
@@ -64,21 +66,6 @@ def soft_overlong_punishment(
         raise ValueError(f"cache={cache} is not within [1, max_length={max_length}]")
     over = (lengths - (max_length - cache)).astype(jnp.float32)
     return -jnp.clip(over / cache, 0.0, 1.0)
-
-
-def weighted_rewards(
-    rewards: Float[Array, "*shape objectives"], weights: Float[Array, " objectives"]
-) -> Float[Array, "*shape"]:
-    """`sum_k w_k r_k`: several rewards as one.
-
-    With positive weights the best policy for the sum is Pareto optimal; weights that sweep the simplex
-    trace the (convex part of the) front.
-
-    Args:
-        rewards: of each sample by each reward function.
-        weights: of the reward functions.
-    """
-    return _wide(rewards) @ _wide(weights)
 
 
 def token_rewards(
@@ -263,7 +250,7 @@ def gdpo_advantages(
 ) -> Float[Array, "prompts samples"]:
     """Several rewards, each normalised in its group before they are added, the sum over the batch.
 
-    No reward drowns another by its scale, as it would in `grpo_advantages(weighted_rewards(...))`.
+    No reward drowns another by its scale, as it would in `grpo_advantages(weighted_objectives(...))`.
 
     Args:
         rewards: of each sample by each reward function.
@@ -277,7 +264,7 @@ def gdpo_advantages(
     `multi_objective_aggregation="normalize_then_sum"`.
     """
     each = jax.vmap(lambda r: grpo_advantages(r, eps), in_axes=-1, out_axes=-1)(rewards)
-    total = weighted_rewards(each, weights)
+    total = weighted_objectives(each, weights)
     centered = total - jnp.mean(total)
     return centered / (_std(centered, axis=None) + eps)
 

@@ -21,9 +21,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from trainjax.losses.combine import as_partial
 from trainjax.losses.sequences import Sequences, sequences
 from trainjax.ops.vocab import Extras
 from trainjax.tree import nearest
@@ -369,7 +369,7 @@ def pairwise(
     log-ratio), `rewards/accuracies`, `rewards/margins`, `logps/chosen`, `logps/rejected`.
 
     Args:
-        policy: `(params, batch, key, where, extras) -> TokenStats`.
+        policy: `(params, batch, key, where) -> TokenStats`, called with `extras` for `wpo`.
         reference: `(batch, where) -> TokenStats`; None for a loss without one.
         loss: `(pairs, coefficients) -> losses`, from this module or of your own. It is part of the
             program: a function made anew each time would be compiled anew.
@@ -393,7 +393,7 @@ def pairwise(
         "reference": reference,
         "numbers": numbers,
         "ld_alpha": None if ld_alpha is None else np.float32(ld_alpha),
-        "divergence": _as_pytree(divergence),
+        "divergence": None if divergence is reverse_kl else as_partial(divergence),
     }
     return Loss(_Pairwise(loss, wpo), inputs)
 
@@ -407,13 +407,6 @@ def dpo(policy: Any, reference: Any, beta: float = 0.1, label_smoothing: float =
     return pairwise(policy, reference, sigmoid, beta=beta, label_smoothing=label_smoothing)
 
 
-def _as_pytree(divergence: Any) -> Any:
-    """The divergence as an input of the program; None for DPO's own."""
-    if divergence is reverse_kl:
-        return None
-    return divergence if jax.tree.leaves(divergence) != [divergence] else Partial(divergence)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Pairwise:
     """The pure function of a pairwise loss, equal to another of the same settings."""
@@ -425,8 +418,8 @@ class _Pairwise:
         self, inputs: dict[str, Any], params: Params, batch: Batch, key: PRNGKeyArray | None
     ) -> tuple[Array, Metrics]:
         reference, where = inputs["reference"], batch["completions"] > 0
-        extras = Extras(collision=self.wpo)
-        stats = inputs["policy"](params, batch, key, where=where, extras=extras)
+        wanted = {"extras": Extras(collision=True)} if self.wpo else {}
+        stats = inputs["policy"](params, batch, key, where=where, **wanted)
         theirs = None if reference is None else reference(batch, where=where).logprobs
         pairs = pairs_of(stats.logprobs, theirs, batch, inputs["ld_alpha"])
         each = self.loss(_diverged(pairs, inputs["divergence"]), **inputs["numbers"])

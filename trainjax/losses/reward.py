@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
 from jax.nn import log_sigmoid
-from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from trainjax.losses.combine import as_partial
 from trainjax.types import Batch, Loss, Metrics, Params
 
-Pairs = Float[Array, "*pairs"]
+Scores = Float[Array, "*pairs"]
 
 
 # --- likelihoods of comparisons ---------------------------------------------------------------------
 
 
-def pair_nll(chosen: Pairs, rejected: Pairs, margins: ArrayLike = 0.0) -> Pairs:
+def pair_nll(chosen: Scores, rejected: Scores, margins: ArrayLike = 0.0) -> Scores:
     """Bradley-Terry: `-log sigmoid(r_w - r_l - margin)`, the chosen one's chance to win.
 
     Args:
@@ -41,7 +41,7 @@ def pair_nll(chosen: Pairs, rejected: Pairs, margins: ArrayLike = 0.0) -> Pairs:
     return -log_sigmoid(chosen - rejected - margins)
 
 
-def centering(chosen: Pairs, rejected: Pairs) -> Pairs:
+def centering(chosen: Scores, rejected: Scores) -> Scores:
     """`(r_w + r_l)^2`, which fixes the constant that comparisons leave open: scores around 0.
 
     Source: Eisenstein et al. 2023 (arXiv:2312.09244). Agrees with TRL 1.16's
@@ -52,8 +52,8 @@ def centering(chosen: Pairs, rejected: Pairs) -> Pairs:
 
 
 def rao_kupper_nll(
-    chosen: Pairs, rejected: Pairs, tied: Bool[Array, "*pairs"], threshold: ArrayLike
-) -> Pairs:
+    chosen: Scores, rejected: Scores, tied: Bool[Array, "*pairs"], threshold: ArrayLike
+) -> Scores:
     """Comparisons with ties, which a difference within a threshold makes.
 
     `P(w wins) = sigmoid(D - eta)`, `P(tie) = (e^(2 eta) - 1) sigmoid(D - eta) sigmoid(-D - eta)` with
@@ -76,8 +76,8 @@ def rao_kupper_nll(
 
 
 def davidson_nll(
-    chosen: Pairs, rejected: Pairs, tied: Bool[Array, "*pairs"], log_nu: ArrayLike
-) -> Pairs:
+    chosen: Scores, rejected: Scores, tied: Bool[Array, "*pairs"], log_nu: ArrayLike
+) -> Scores:
     """Comparisons with ties, in proportion to the geometric mean of both strengths.
 
     The chances to win, lose and tie are as `e^(D/2)`, `e^(-D/2)` and `nu`, with `D = r_w - r_l`.
@@ -122,7 +122,11 @@ def plackett_luce_nll(
 def weighted_objectives(
     values: Float[Array, "*any objectives"], weights: Float[Array, " objectives"]
 ) -> Float[Array, "*any"]:
-    """`sum_o weights_o values_o`: of a vector of rewards one reward, of losses of objectives one loss."""
+    """`sum_o weights_o values_o`: of a vector of rewards one reward, of losses of objectives one loss.
+
+    With positive weights the best policy for the sum is Pareto optimal; weights that sweep the simplex
+    trace the convex part of the front.
+    """
     chex.assert_axis_dimension(values, -1, weights.shape[0])
     return values @ weights
 
@@ -224,9 +228,8 @@ def bradley_terry(scores_fn: Any, center_rewards_coefficient: float = 0.0) -> Lo
         raise ValueError(
             f"center_rewards_coefficient={center_rewards_coefficient} drives scores apart; use 0 or more"
         )
-    is_plain = jax.tree_util.all_leaves([scores_fn])  # a function, and not a pytree
-    scores_fn = Partial(scores_fn) if is_plain else scores_fn
-    return Loss(_bradley_terry, (scores_fn, np.float32(center_rewards_coefficient)))
+    coefficient = np.float32(center_rewards_coefficient)
+    return Loss(_bradley_terry, (as_partial(scores_fn), coefficient))
 
 
 def _bradley_terry(

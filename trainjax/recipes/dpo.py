@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainjax import data, losses
 from trainjax.losses import preference
@@ -16,38 +16,17 @@ from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
 from trainjax.types import Loss
 
+WITHOUT_REFERENCE = (preference.simpo, preference.orpo, preference.cpo, preference.rrhf)
+WITH_REFERENCE = (
+    *(preference.sigmoid, preference.robust, preference.hinge, preference.ipo),
+    *(preference.exo_pair, preference.nca_pair, preference.bco_pair, preference.sppo_hard),
+    *(preference.apo_zero, preference.apo_down, preference.discopop, preference.sigmoid_norm),
+    *(preference.aot, preference.aot_unpaired),
+)
 LOSSES: Mapping[str, preference.PairLoss] = {
-    f.__name__: f
-    for f in (
-        *(preference.sigmoid, preference.robust, preference.hinge, preference.ipo),
-        *(preference.exo_pair, preference.nca_pair, preference.bco_pair, preference.sppo_hard),
-        *(preference.apo_zero, preference.apo_down, preference.discopop, preference.sigmoid_norm),
-        *(preference.aot, preference.aot_unpaired),
-        *(preference.simpo, preference.orpo, preference.cpo, preference.rrhf),
-    )
+    loss.__name__: loss for loss in (*WITH_REFERENCE, *WITHOUT_REFERENCE)
 }
-WITHOUT_REFERENCE = {"simpo", "orpo", "cpo", "rrhf"}
-
-LossName = Literal[
-    "sigmoid",
-    "robust",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sigmoid_norm",
-    "aot",
-    "aot_unpaired",
-    "simpo",
-    "orpo",
-    "cpo",
-    "rrhf",
-]
+LossName = str if TYPE_CHECKING else Literal[tuple(LOSSES)]  # the choices that --help shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +91,11 @@ def coefficients(config: LossConfig) -> dict[str, Any]:
 
 def _loss(config: Config, model: Model, numbers: Mapping[str, Any]) -> Loss:
     ours = policy(model, config.method())
-    theirs = None if config.loss.name in WITHOUT_REFERENCE else reference(model)
+    chosen = LOSSES[config.loss.name]
     loss = losses.pairwise(
         ours,
-        theirs,
-        LOSSES[config.loss.name],
+        None if chosen in WITHOUT_REFERENCE else reference(model),
+        chosen,
         ld_alpha=config.loss.ld_alpha,
         wpo=config.loss.wpo,
         **numbers,
