@@ -1,11 +1,10 @@
 import os
 import shutil
 
-import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tests import toy
+from tests import quick, toy
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -16,23 +15,14 @@ def compiled_quickly(tmp_path_factory):
     """
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    changes = {
+    cache = {
         "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_compilation_cache_max_size": 2**30,
         "jax_persistent_cache_min_compile_time_secs": 0.1,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": True,
     }
-    before = {name: jax.config.values[name] for name in changes}
-    _update(changes)
-    yield
-    _update(before)
-    jax.clear_caches()  # other tests get optimised programs
-
-
-def _update(settings):
-    for name, value in settings.items():
-        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield from quick.with_settings(quick.LITTLE_OPTIMISED | cache)
     compilation_cache.reset_cache()
 
 
