@@ -160,7 +160,8 @@ def _check(flags: Sequence[str], options: Mapping[str, Any]) -> list[str]:
         if not _fits(value, options[name]):
             raise ValueError(f"--{name} is {_kind(options[name])}, not {value!r}")
         while _is_list(options[name]) and rest and not rest[0].startswith("--"):
-            rest.popleft()
+            if not _fits(value := rest.popleft(), options[name]):
+                raise ValueError(f"--{name} is {_kind(options[name])}, not {value!r}")
     return words
 
 
@@ -197,9 +198,11 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path
 def _kind(type_: Any) -> str:
     """What an option takes, in words."""
     kind, _ = _without_none(type_)
+    if _is_list(kind):
+        return f"{_kind(_item(kind))}, or several"
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(typing.get_args(kind))}"
-    return "one text or more" if _is_list(type_) else _KINDS[kind]
+    return _KINDS[kind]
 
 
 def _fits(value: str, type_: Any) -> bool:
@@ -207,17 +210,24 @@ def _fits(value: str, type_: Any) -> bool:
     kind, optional = _without_none(type_)
     if optional and value == "None":
         return True
+    if _is_list(kind):
+        return _fits(value, _item(kind))
     if typing.get_origin(kind) is typing.Literal:
         return value in typing.get_args(kind)
     try:
-        return _is_list(type_) or kind(value) is not None
+        return kind(value) is not None
     except ValueError:
         return False
 
 
 def _is_list(type_: Any) -> bool:
-    """Whether an option takes several texts."""
+    """Whether an option takes several values."""
     return typing.get_origin(type_) is tuple
+
+
+def _item(type_: Any) -> Any:
+    """What each of several values is: `int` of `tuple[int, ...]`."""
+    return typing.get_args(type_)[0]
 
 
 def _without_none(type_: Any) -> tuple[Any, bool]:
@@ -253,7 +263,7 @@ def _from_yaml(path: Path, options: Mapping[str, Any]) -> list[str]:
                 raise ValueError(f"{path}: {key} is true or false, not {value!r}")
             flags.append(f"--{name}" if value else _negated(name))
         elif _is_list(options[name]) and isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)] if value else []
+            flags += [f"--{name}", *map(str, value)] if value else []  # checked with the flags
         elif isinstance(value, list) or not _fits(str(value), options[name]):
             raise ValueError(f"{path}: {key} is {_kind(options[name])}, not {value!r}")
         else:

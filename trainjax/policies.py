@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from trainjax import platform, sharing
 from trainjax.models import Model
 from trainjax.nn import Decoder, head
 from trainjax.ops.attention import Branches
@@ -55,8 +58,7 @@ class Policy:
             Stats aligned with `tokens`: entry `[b, t]` is of `tokens[b, t]`. The first token of a
             row is nobody's target: its entry is 0.
         """
-        weights = self.attached(params, key)
-        hidden = self._hidden(weights, batch)
+        weights, hidden = self._forward(params, batch, key)
         targets = batch.get("targets", batch["tokens"])
         where = jnp.ones(targets.shape, bool) if where is None else where
         shards = num_row_shards(self.module.mesh)
@@ -78,8 +80,8 @@ class Policy:
 
         For the batch's `targets`. The first token of a row is nobody's target and stays.
         """
-        weights = self.attached(params)
-        hidden, tokens = self._hidden(weights, batch), batch["tokens"]
+        weights, hidden = self._forward(params, batch)
+        tokens = batch["tokens"]
         output = head(self.module.config, weights)
         drawn = draw(key, hidden, output, vocab_block=self._vocab_block())
         return jnp.roll(drawn, 1, axis=1).at[:, 0].set(tokens[:, 0])
@@ -96,22 +98,33 @@ class Policy:
         self, params: Params | None, batch: Batch, key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch seq embed"]:
         """Final hidden states, for losses and heads that do not go through the vocabulary."""
-        return self._hidden(self.attached(params, key), batch)
+        return self._forward(params, batch, key)[1]
 
     def _vocab_block(self) -> int | None:
         """Entries of the vocabulary at once: all of them where devices share it."""
         mesh = self.module.mesh
         return None if mesh is not None and mesh.shape["tensor"] > 1 else 2048
 
-    def _hidden(self, weights: Params, batch: Batch) -> Array:
-        tokens = batch["tokens"]
-        positions = batch.get("positions")
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        segments = batch.get("segments")
-        if segments is not None and "prefixes" in batch:
-            segments = Branches(segments, batch["prefixes"])
-        return self.module.apply({"params": weights}, tokens, positions, segments)[0]
+    def _forward(
+        self, params: Params | None, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> tuple[Params, Array]:
+        """The weights and the hidden states, which the terms of a loss share."""
+        names = ("tokens", "positions", "segments", "prefixes")
+        read = {name: batch[name] for name in names if name in batch}
+        return sharing.once(_forward, self, params, read, key)
+
+
+def _forward(
+    policy: Policy, params: Params | None, batch: Batch, key: PRNGKeyArray | None
+) -> tuple[Params, Array]:
+    weights, tokens = policy.attached(params, key), batch["tokens"]
+    positions = batch.get("positions")
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = batch.get("segments")
+    if segments is not None and "prefixes" in batch:
+        segments = Branches(segments, batch["prefixes"])
+    return weights, policy.module.apply({"params": weights}, tokens, positions, segments)[0]
 
 
 def policy(model: Model, method: Peft | None = None) -> Policy:
@@ -138,6 +151,35 @@ class Reference:
 def reference(model: Model) -> Reference:
     """The model itself as the reference: the policy's base, so no second copy of anything."""
     return Reference(Policy(model.params, model.module))
+
+
+@pytree
+class CachedReference:
+    """`reference(batch) -> TokenStats` of log-probabilities that the data carry: no forward pass.
+
+    See `data.with_reference`. Of the stats there are the log-probabilities alone.
+    """
+
+    def __call__(self, batch: Batch, where: Bool[Array, "batch seq"] | None = None) -> TokenStats:
+        if "reference_logprobs" not in batch:
+            raise ValueError(
+                f"the batch has no reference_logprobs, only {', '.join(batch)}; data.with_reference "
+                "computes them"
+            )
+        logprobs = batch["reference_logprobs"]
+        logprobs = logprobs if where is None else jnp.where(where, logprobs, 0.0)
+        nothing = jnp.zeros_like(logprobs)
+        return TokenStats(logprobs, nothing, nothing)
+
+
+def reference_logprobs(reference: Reference) -> Callable[[Batch], Float[Array, "batch seq"]]:
+    """`(batch) -> logprobs` of the tokens of completions, jitted; what `data.with_reference` calls."""
+    return functools.partial(_logprobs, reference)
+
+
+@platform.jit
+def _logprobs(reference: Reference, batch: Batch) -> Float[Array, "batch seq"]:
+    return reference(batch, where=batch["completions"] > 0).logprobs
 
 
 def _shifted(x: Array) -> Array:

@@ -17,6 +17,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from trainjax.sharing import scope
+
 T = TypeVar("T")
 
 Params = PyTree
@@ -143,7 +145,8 @@ class Loss:
     """A loss with the arrays that it needs: `loss(params, batch, key) -> (scalar, metrics)`.
 
     A pytree, so base weights, references and coefficients are inputs of a jitted step and not
-    constants in it: a new coefficient does not retrace. Losses compose: `dpo + 0.1 * sft + ewc`.
+    constants in it: a new coefficient does not retrace. Losses compose: `dpo + 0.1 * sft + ewc`. The
+    terms of a sum share the forward pass of a policy that several of them run.
 
     Attributes:
         fn: pure and module-level: `(inputs, params, batch, key) -> (scalar, metrics)`.
@@ -156,7 +159,8 @@ class Loss:
     def __call__(
         self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
     ) -> tuple[Array, Metrics]:
-        return self.fn(self.inputs, params, batch, key)
+        with scope():
+            return self.fn(self.inputs, params, batch, key)
 
     def __add__(self, other: Loss) -> Loss:
         if not isinstance(other, Loss):
@@ -178,10 +182,8 @@ class Loss:
 
 
 def _sum(losses: tuple[Loss, Loss], params, batch, key) -> tuple[Array, Metrics]:
-    keys = (None, None) if key is None else jax.random.split(key)
-    (first, metrics), (second, more) = (
-        loss(params, batch, k) for loss, k in zip(losses, keys, strict=True)
-    )
+    # One key for both: terms that run the same policy see the same dropout, and share its forward pass.
+    (first, metrics), (second, more) = (loss(params, batch, key) for loss in losses)
     if both := sorted(metrics.keys() & more.keys()):
         raise ValueError(
             f"two terms of a loss report the metrics {both}; tell them apart with loss.named('...')"

@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rows import benchmark_rows
+from rows import benchmark_rows, preference_rows
 
 from trainjax.io.fetch import fetched
 
 HERE = Path(__file__).parent
 
-# (line, reference's mode, dtype, our micro-batches, steps there, steps here)
+# (line, mode, dtype, our micro-batches, steps there, steps here)
 LINES = [
     ("SFT, batch 8, TRL's default", "default", "float32", 8, 3, 6),
     ("SFT, batch 8, TRL's default", "default", "bfloat16", 8, 3, 4),
@@ -33,6 +33,9 @@ LINES = [
     ("SFT, dense 4 x 256, plain torch", "plain", "float32", 4, 5, 8),
     ("generation, 8 x (64 + 64)", "generate", "float32", 1, 4, 5),
     ("generation, 8 x (64 + 64)", "generate", "bfloat16", 1, 3, 3),
+    ("DPO, 8 pairs, pairs/s", "dpo", "float32", 2, 3, 8),
+    ("DPO, 8 pairs, reference cached", "dpo-cached", "float32", 2, 3, 8),
+    ("DPO, 8 pairs, pairs/s", "dpo", "bfloat16", 2, 3, 6),
 ]
 
 
@@ -45,19 +48,20 @@ def measure(script: str, *args: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def sides(rows: Path, model: Path, only: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+def sides(
+    rows: Path, pairs: Path, model: Path, only: list[str], repeats: int
+) -> Iterator[dict[str, Any]]:
     """Each line with what both sides measured."""
     for name, mode, dtype, accumulate, steps_there, steps_here in LINES:
         if only and f"{mode}-{dtype}" not in only:
             continue
-        common = ("--mode", mode, "--dtype", dtype, "--rows", rows)
+        common = ("--dtype", dtype, "--rows", pairs if mode.startswith("dpo") else rows)
         theirs, ours = [], []
         for _ in range(repeats):
-            theirs.append(
-                measure("reference_sft.py", *common, "--model", model, "--steps", steps_there)
-            )
-            settings = ("--steps", steps_here, "--accumulate", accumulate)
-            ours.append(measure("trainjax_sft.py", *common, *settings))
+            settings = ("--mode", mode.removesuffix("-cached"), "--model", model)
+            theirs.append(measure("reference_side.py", *common, *settings, "--steps", steps_there))
+            settings = ("--mode", mode, "--steps", steps_here, "--accumulate", accumulate)
+            ours.append(measure("trainjax_side.py", *common, *settings))
         yield {"line": name, "dtype": dtype, "reference": theirs, "trainjax": ours}
 
 
@@ -70,8 +74,8 @@ def row(result: dict[str, Any]) -> str:
     cells = [
         result["line"],
         result["dtype"],
-        f"{speed['reference']:.0f}",
-        f"{speed['trainjax']:.0f}",
+        f"{speed['reference']:.3g}",
+        f"{speed['trainjax']:.3g}",
         f"**{speed['trainjax'] / speed['reference']:.2f}**",
         f"{memory['reference'] / 1e9:.2f}",
         f"{memory['trainjax'] / 1e9:.2f}",
@@ -91,14 +95,15 @@ def main() -> None:
     if folder is None:
         sys.exit("first: trainjax fetch smollm2-135m-instruct")
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = args.out / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in benchmark_rows()))
+    rows, pairs = args.out / "rows.jsonl", args.out / "pairs.jsonl"
+    for path, made in ((rows, benchmark_rows()), (pairs, preference_rows())):
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
     print(
         "| what | dtype | reference, tokens/s | trainjax | ratio | reference, GB | trainjax | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|")
     with (args.out / "results.jsonl").open("w") as results:
-        for result in sides(rows, next(folder.glob("*.gguf")), args.only, args.repeats):
+        for result in sides(rows, pairs, next(folder.glob("*.gguf")), args.only, args.repeats):
             print(json.dumps(result), file=results, flush=True)
             print(row(result), flush=True)
 

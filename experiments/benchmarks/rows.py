@@ -19,20 +19,38 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "../shared/data/instructions.train.jsonl.gz"
+PAIRS = ROOT / "../shared/data/preferences.train.jsonl.gz"
 
 
 def benchmark_rows(source: Path = SOURCE, count: int = 64, seed: int = 0) -> list[dict[str, Any]]:
     """The first `count` rows of `source` after a shuffle with `seed`, as one-turn conversations."""
-    with gzip.open(source, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    random.Random(seed).shuffle(rows)
     return [
         {
             "prompt": [{"role": "user", "content": row["instruction"] + "\n\n" + row["input"]}],
             "completion": [{"role": "assistant", "content": row["output"]}],
         }
-        for row in rows[:count]
+        for row in shuffled(source, seed)[:count]
     ]
+
+
+def preference_rows(source: Path = PAIRS, count: int = 64, seed: int = 0) -> list[dict[str, Any]]:
+    """The first `count` pairs of `source` after a shuffle with `seed`, as one-turn conversations."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in shuffled(source, seed)[:count]
+    ]
+
+
+def shuffled(source: Path, seed: int) -> list[dict[str, Any]]:
+    """The rows of a gzipped file, in an order made from the seed."""
+    with gzip.open(source, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    random.Random(seed).shuffle(rows)
+    return rows
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

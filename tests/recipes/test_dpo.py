@@ -4,12 +4,14 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 
-from tests import toy
+from tests import helpers, toy
 from trainjax import cli
 from trainjax.losses import preference
+from trainjax.models import load, random_model, save_model
 from trainjax.recipes import dpo as recipe
 
 PAIRS = [
@@ -52,7 +54,7 @@ def test_a_run_learns_to_prefer_the_chosen_completions(dpo, pairs, tmp_path):
     assert last["loss"] < first["loss"]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert saved["loss"]["name"] == "sigmoid"
+    assert saved["loss"]["name"] == ["sigmoid"]
     records = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"eval_rewards/accuracies": 1.0' in records
 
@@ -66,6 +68,63 @@ def test_a_loss_without_a_reference_and_one_with_supervision(dpo, tmp_path):
     assert dpo(loss__name="simpo", loss__gamma=0.5, steps=2) == 0
     assert dpo(loss__sft=0.1, steps=2, out=tmp_path / "other") == 0
     assert "mean_token_accuracy" in toy.trace(tmp_path / "other")[0]
+
+
+def test_several_losses_are_added_with_their_weights(dpo, tmp_path):
+    flags = ("--loss.name", "sigmoid", "simpo", "--loss.weight", 0.5, 2, "--loss.gamma", 0.2)
+    assert dpo(*flags, steps=2) == 0
+    assert (
+        dpo("--resume", *flags, steps=2) == 0
+    )  # a list of names is the same one when it is read back
+    both = toy.trace(tmp_path / "run")[0]
+    assert {"sigmoid/rewards/margins", "simpo/rewards/margins"} <= both.keys()
+    alone = []
+    for name, more in (("sigmoid", {}), ("simpo", {"loss__gamma": 0.2})):
+        assert dpo(loss__name=name, steps=2, out=tmp_path / name, **more) == 0
+        alone.append(toy.trace(tmp_path / name)[0]["loss"])
+    assert both["loss"] == pytest.approx(0.5 * alone[0] + 2 * alone[1], rel=1e-5)
+
+
+def losses_of(run):
+    return [record["loss"] for record in toy.trace(run)]
+
+
+def test_a_cached_reference_trains_alike_and_is_computed_once(dpo, tmp_path, capsys):
+    data = toy.write_jsonl(tmp_path / "own.jsonl", PAIRS)
+    assert dpo(data=data) == 0
+    for name in ("first", "second"):
+        assert dpo("--cache-reference", data=data, eval_data=data, out=tmp_path / name) == 0
+        np.testing.assert_allclose(losses_of(tmp_path / name), losses_of(tmp_path / "run"), 1e-5)
+    said = capsys.readouterr().err
+    assert said.count("computing the reference's log-probabilities") == 1
+    assert (
+        said.count("the reference's log-probabilities are in") == 3
+    )  # as held-out rows, and again
+
+
+def test_a_cached_reference_of_other_rows_is_refused(dpo, tmp_path, capsys):
+    data = toy.write_jsonl(tmp_path / "own.jsonl", PAIRS)
+    assert dpo("--cache-reference", data=data, steps=1) == 0
+    toy.write_jsonl(data, PAIRS[::-1])
+    assert dpo("--cache-reference", data=data, steps=1, out=tmp_path / "other") == 1
+    assert "own.jsonl.reference.safetensors holds log-probabilities of other examples" in (
+        capsys.readouterr().err
+    )
+
+
+def test_another_model_may_be_the_reference_if_it_has_the_same_tokens(dpo, tmp_path, capsys):
+    model = load(toy.model_folder(tmp_path / "toy"))
+    other = tmp_path / "moved"
+    save_model(other, model, helpers.randomised(model.params, 0.12))
+    assert dpo(reference=other, steps=2) == 0
+    assert dpo("--cache-reference", reference=other, steps=2, out=tmp_path / "cached") == 0
+    ours = toy.trace(tmp_path / "run")[0]
+    assert abs(ours["rewards/margins"]) > 1e-3  # a fresh adapter is not that reference
+    np.testing.assert_allclose(losses_of(tmp_path / "cached"), losses_of(tmp_path / "run"), 1e-5)
+    small = tmp_path / "small"
+    save_model(small, random_model(helpers.TINY, jax.random.key(0)))
+    assert dpo(reference=small, out=tmp_path / "no") == 1
+    assert "has vocab_size=61" in capsys.readouterr().err
 
 
 def test_a_resumed_run_with_another_loss_is_refused(dpo, capsys):
@@ -109,6 +168,15 @@ def test_a_loss_has_a_reference_if_and_only_if_it_reads_one():
 def test_bad_settings_are_one_clear_sentence(dpo, capsys, changes, sentence):
     assert dpo(**changes) in (1, 2)
     assert sentence in capsys.readouterr().err
+
+
+def test_weights_and_names_that_do_not_match_are_one_clear_sentence(dpo, capsys):
+    assert dpo("--loss.name", "ipo", "hinge", "--loss.weight", 1) == 1
+    assert "gives 1 numbers for 2 losses (ipo, hinge): one each" in capsys.readouterr().err
+    assert dpo("--loss.name", "ipo", "ipo") == 1
+    assert "ipo ipo: each loss once" in capsys.readouterr().err
+    assert dpo("--loss.name", "ipo", "hnge") == 2
+    assert "--loss.name is one of sigmoid" in capsys.readouterr().err
 
 
 def test_rows_that_are_no_pairs_are_refused(dpo, rows, capsys):

@@ -11,6 +11,7 @@ from trainjax.data.encode import Examples, drop, encode, refuse, truncate
 from trainjax.data.groups import Group, encode_groups, labelled, pair, scored
 from trainjax.data.packing import Pack, best_fit, unpacked
 from trainjax.data.pipeline import Loader, Plan, fill, one_epoch, sequence_mean, token_mean
+from trainjax.data.reference import load_reference, save_reference, with_reference
 from trainjax.data.render import apply_template
 from trainjax.data.scores import conditioned, score_tokens
 from trainjax.data.sources import Source, read
@@ -30,19 +31,22 @@ __all__ = [
     "encode_groups",
     "fill",
     "labelled",
+    "load_reference",
     "one_epoch",
     "pair",
     "preferences",
     "read",
     "refuse",
-    "score_tokens",
     "row_length",
+    "save_reference",
+    "score_tokens",
     "scored",
     "sequence_mean",
     "supervised",
     "token_mean",
     "truncate",
     "unpacked",
+    "with_reference",
 ]
 
 

@@ -56,12 +56,14 @@ def labelled(source: Source, number: int) -> Group:
     What another prompt's completion gains over the reference measures how far the policy has drifted
     (KTO's baseline). It is the next row's, and the last has the first's.
     """
-    row, other = source[number], source[(number + 1) % len(source)]
+    next_ = (number + 1) % len(source)
+    row, other = source[number], source[next_]
     if not isinstance(label := row["label"], bool | np.bool_) and label not in (0, 1):
         raise ValueError(f"`label` is true or false, this is {label!r:.60}")
-    answers = row["completion"], other["completion"]
+    own = _with(row["prompt"], row["completion"], row)
+    beside = at_row(next_, _with, row["prompt"], other["completion"], row)
     return Group(
-        [_with(row["prompt"], answer, row) for answer in answers],
+        [own, beside],
         0 if label else None,
         {"labels": float(label)},
     )

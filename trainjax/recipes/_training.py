@@ -85,6 +85,7 @@ class TrainConfig:
 
 
 Encoder = Callable[..., data.Examples]
+Prepare = Callable[[Model, str, data.Examples], data.Examples]
 
 SAME = (  # what must be equal for a resumed run to be the same run
     *("batch_size", "max_length", "packing", "template", "too_long", "seed", "dtype", "accumulate"),
@@ -97,6 +98,7 @@ def run(
     loss_of: Callable[[Model], Loss],
     *,
     encoder: Encoder = data.encode,
+    prepare: Prepare = lambda model, name, examples: examples,
     same: Sequence[str] = SAME,
 ) -> None:
     """Reads rows and model, trains, and writes what a run leaves.
@@ -105,6 +107,7 @@ def run(
         config: the recipe's settings.
         loss_of: the recipe's loss on a model.
         encoder: makes examples of rows.
+        prepare: adds to the examples of a named dataset what it takes the model to know.
         same: names of the settings that a resumed run has to share.
 
     Raises:
@@ -121,9 +124,11 @@ def run(
         raise ValueError(f"batch_size={config.batch_size}: a batch has at least one row")
 
     examples = encode(config, config.data, rows, model, encoder)
+    examples = prepare(model, config.data, examples)
     held_out = None
     if config.eval_data and eval_rows is not None:
         held_out = encode(config, config.eval_data, eval_rows, model, encoder)
+        held_out = prepare(model, config.eval_data, held_out)
     length = max(data.row_length(e, config.max_length) for e in (examples, held_out) if e)
     plan = data.Plan(config.batch_size, length, common.PACKING[config.packing], config.seed)
     loader = data.Loader(examples, plan, mesh)
@@ -280,6 +285,7 @@ def settings(
             found |= {f"{name}.{key}": part for key, part in dataclasses.asdict(value).items()}
         else:
             found[name] = value
+    found = {name: list(x) if isinstance(x, tuple) else x for name, x in found.items()}  # as JSON
     return found | {"steps": steps, "model": model.fingerprint, "data": examples.fingerprint()}
 
 

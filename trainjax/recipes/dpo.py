@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+import operator
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from trainjax import data, losses
 from trainjax.losses import preference
-from trainjax.models import Model
-from trainjax.policies import policy, reference
-from trainjax.recipes import _common as common
-from trainjax.recipes import _training as training
+from trainjax.recipes import _preferences as preferences
 from trainjax.types import Loss
 
 WITHOUT_REFERENCE = (preference.simpo, preference.orpo, preference.cpo, preference.rrhf)
@@ -33,8 +31,10 @@ LossName = str if TYPE_CHECKING else Literal[tuple(LOSSES)]  # the choices that 
 class LossConfig:
     """The loss; a coefficient that is not given is the loss's own default."""
 
-    name: LossName = "sigmoid"
-    """Which one; sigmoid is DPO."""
+    name: tuple[LossName, ...] = ("sigmoid",)
+    """Which one; sigmoid is DPO. Several are added up, and share their coefficients."""
+    weight: tuple[float, ...] = ()
+    """Of each of several losses; 1 if not given."""
     beta: float | None = None
     """Strength of the tie to the reference."""
     label_smoothing: float | None = None
@@ -50,54 +50,65 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(training.TrainConfig):
+class Config(preferences.PreferenceConfig):
     """Fine-tunes a model on pairs; writes adapter, checkpoints, metrics and settings to --out."""
 
     loss: LossConfig = LossConfig()
-    packing: common.PackingName = "none"
-    """One pair a row, or several."""
-    learning_rate: float = 5e-5
-    """Peak of the schedule: linear warm-up, then a cosine to zero."""
 
 
 def main(config: Config) -> None:
     """Runs the job."""
-    numbers = coefficients(config.loss)
-    training.run(
-        config,
-        lambda model: _loss(config, model, numbers),
-        encoder=functools.partial(data.encode_groups, read=data.pair),
-        same=(*training.SAME, "loss"),
-    )
+    preferences.run(config, functools.partial(_loss, config.loss, _terms(config.loss)), data.pair)
 
 
-def coefficients(config: LossConfig) -> dict[str, Any]:
-    """The coefficients that were given.
+class _Term(NamedTuple):
+    """One of the losses that are added up."""
+
+    name: str
+    weight: float
+    coefficients: Mapping[str, Any]
+
+
+def _terms(config: LossConfig) -> list[_Term]:
+    """The losses that were named, each with the coefficients that it has.
 
     Raises:
-        ValueError: the loss has no such coefficient.
+        ValueError: weights for more or fewer than there are; a loss named twice; a coefficient that
+            none of them has.
     """
+    weights = config.weight or (1.0,) * len(config.name)
+    if len(weights) != len(config.name):
+        raise ValueError(
+            f"--loss.weight gives {len(weights)} numbers for {len(config.name)} losses "
+            f"({', '.join(config.name)}): one each"
+        )
+    if len(set(config.name)) < len(config.name):
+        raise ValueError(f"--loss.name {' '.join(config.name)}: each loss once, with its weight")
+    known = {name: list(inspect.signature(LOSSES[name]).parameters)[1:] for name in config.name}
     names = ("beta", "label_smoothing", "gamma")
     given = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
-    known = inspect.signature(LOSSES[config.name]).parameters
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"--loss.{name.replace('_', '-')} has no meaning for {config.name}, which has "
-                f"{', '.join(list(known)[1:])}"
-            )
-    return given
+    for coefficient in given:
+        if not any(coefficient in names for names in known.values()):
+            have = "; ".join(f"{name}, which has {', '.join(c)}" for name, c in known.items())
+            raise ValueError(f"--loss.{coefficient.replace('_', '-')} has no meaning for {have}")
+    return [
+        _Term(name, weight, {n: value for n, value in given.items() if n in known[name]})
+        for name, weight in zip(config.name, weights, strict=True)
+    ]
 
 
-def _loss(config: Config, model: Model, numbers: Mapping[str, Any]) -> Loss:
-    ours = policy(model, config.method())
-    chosen = LOSSES[config.loss.name]
-    loss = losses.pairwise(
-        ours,
-        None if chosen in WITHOUT_REFERENCE else reference(model),
-        chosen,
-        ld_alpha=config.loss.ld_alpha,
-        wpo=config.loss.wpo,
-        **numbers,
-    )
-    return loss + config.loss.sft * losses.sft(ours) if config.loss.sft else loss
+def _loss(config: LossConfig, terms: Sequence[_Term], ours: Any, theirs: Any) -> Loss:
+    def of(term: _Term) -> Loss:
+        chosen = LOSSES[term.name]
+        loss = losses.pairwise(
+            ours,
+            None if chosen in WITHOUT_REFERENCE else theirs,
+            chosen,
+            ld_alpha=config.ld_alpha,
+            wpo=config.wpo,
+            **term.coefficients,
+        )
+        return term.weight * (loss if len(terms) == 1 else loss.named(term.name))
+
+    total = functools.reduce(operator.add, map(of, terms))
+    return total + config.sft * losses.sft(ours) if config.sft else total

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainjax import platform
+from trainjax import platform, sharing
 from trainjax.train.checkpoint import Checkpoints
 from trainjax.train.metrics import Sink, peak_memory_bytes
 from trainjax.train.state import TrainState
@@ -233,12 +233,13 @@ def evaluator(
         loss: as in training; nothing random is on.
         batches: gives the batches of one pass, whose weights sum to 1 over all of them.
     """
-    forward = platform.jit(lambda loss, params, batch: loss(params, batch, None))
+    arrays, restore = sharing.distinct(loss)
+    forward = platform.jit(lambda arrays, params, batch: restore(arrays)(params, batch, None))
 
     def evaluate(params: Params) -> dict[str, float]:
         totals: dict[str, Any] = {}
         for batch in batches():
-            value, metrics = forward(loss, params, batch)
+            value, metrics = forward(arrays, params, batch)
             for name, part in {"loss": value, **metrics}.items():
                 totals[name] = totals.get(name, 0.0) + part
         return {f"eval_{name}": float(total) for name, total in totals.items()}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from trainjax import platform, tree
+from trainjax import platform, sharing, tree
 from trainjax.train.combiners import Combiner
 from trainjax.train.state import TrainState, join_opt_state, split_opt_state
 from trainjax.types import Batch, Loss, Metrics, Params
@@ -149,23 +149,24 @@ def _with_fixed_layout(step: Step) -> Step:
     Left to itself the compiler may choose another layout for some output, and the second call would
     then be a second program.
     """
-    programs: dict[Any, Step] = {}
+    programs: dict[Any, Callable[..., Any]] = {}
 
     def run(state: TrainState, loss: Losses, batch: Batch) -> tuple[TrainState, Metrics]:
         layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-        leaves, structure = jax.tree.flatten(layout)
-        key = structure, tuple(leaves), tuple(x.shape for x in jax.tree.leaves(batch))
+        places, structure = jax.tree.flatten(layout)
+        arrays, restore = sharing.distinct(loss)
+        key = structure, tuple(places), tuple(x.shape for x in jax.tree.leaves(batch)), restore
         if key not in programs:
             program = jax.jit(
-                step,
+                lambda state, arrays, batch: step(state, restore(arrays), batch),
                 donate_argnums=0,
                 out_shardings=(layout, None),
                 compiler_options=platform.compiler_options(),
             )
-            program.lower(state, loss, batch).compile()  # the call finds it compiled
+            program.lower(state, arrays, batch).compile()  # the call finds it compiled
             _return_freed_memory()
             programs[key] = program
-        return programs[key](state, loss, batch)
+        return programs[key](state, arrays, batch)
 
     return run
 

@@ -3,12 +3,13 @@
 Run from the repository's root, in an environment with torch, transformers, trl and peft, after
 `rows.py` has made the rows:
 
-    python experiments/benchmarks/reference_sft.py --mode default --dtype float32 --steps 6 \
+    python experiments/benchmarks/reference_side.py --mode default --dtype float32 --steps 6 \
         --rows runs/benchmarks/rows.jsonl --model path/to/model.gguf
 
-Modes (LoRA of rank 16 and alpha 32 on all linear layers in the first three):
+Modes (LoRA of rank 16 and alpha 32 on all linear layers, but for generation):
     default   SFTTrainer as TRL ships it: padded batches of 8 rows of at most 512 tokens
     packed    SFTTrainer with packing=True: 4 rows of 512, which TRL lays end to end as 1 of 2048
+    dpo       DPOTrainer as TRL ships it: 8 pairs of at most 512 tokens, the base as the reference
     plain     a bare torch loop: dense 4 x 256 tokens, all trained, no gradient checkpointing
     generate  greedy `generate`: 8 prompts of 64 tokens, 64 new tokens each, prefill included
 
@@ -42,7 +43,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rows import pretrained, read_rows, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 SEED = 0
 VERSIONS = ["torch", "transformers", "trl", "peft", "accelerate"]
@@ -161,6 +162,52 @@ def trl_sft(job: Job) -> dict[str, Any]:
     }
 
 
+def trl_dpo(job: Job) -> dict[str, Any]:
+    """TRL's DPOTrainer; the tokens of a step are its pairs."""
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        bf16=job.args.dtype == "bfloat16",
+        per_device_train_batch_size=job.args.batch_size or 8,
+        max_length=512,
+        max_steps=job.args.steps,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=SEED,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=not job.args.no_gradient_checkpointing,
+    )
+    trainer = DPOTrainer(
+        model=job.model,
+        args=config,
+        train_dataset=Dataset.from_list(job.rows),
+        processing_class=job.tokenizer,
+        peft_config=LORA,
+        callbacks=[job.clock],
+    )
+    positions = []
+    collate = trainer.data_collator
+
+    def counting(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate(examples)
+        positions.append(batch["input_ids"].numel())
+        return batch
+
+    trainer.data_collator = counting
+    trainer.train()
+    return {
+        "batch_size": config.per_device_train_batch_size,
+        "max_length": config.max_length,
+        "beta": config.beta,
+        "loss": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "tokens": [config.per_device_train_batch_size] * job.args.steps,
+        "positions_per_step": positions[: job.args.steps],
+        "gradient_checkpointing": job.model.is_gradient_checkpointing,
+        "trl": {name: str(getattr(config, name)) for name in RECORDED if hasattr(config, name)},
+    }
+
+
 def plain(job: Job) -> dict[str, Any]:
     """PEFT in a bare torch loop over dense blocks of tokens: without what the Trainer adds."""
     batch, length = job.args.batch_size or 4, 256
@@ -199,7 +246,14 @@ def generate(job: Job) -> dict[str, Any]:
     return {"batch_size": batch, "max_length": length + new, "loss": [], "tokens": tokens}
 
 
-MODES = {"default": trl_sft, "packed": trl_sft, "plain": plain, "generate": generate}
+MODES = {
+    "default": trl_sft,
+    "packed": trl_sft,
+    "plain": plain,
+    "generate": generate,
+    "dpo": trl_dpo,
+}
+UNITS = {"generate": "new tokens", "dpo": "pairs"}
 
 
 def peak_memory() -> int:
@@ -241,7 +295,7 @@ def main() -> None:
         "quiet_steps": len(quiet),
         "quiet_seconds_per_step": median(second for _, second, _ in quiet) if quiet else None,
         "quiet_tokens_per_second": median(n / second for n, second, _ in quiet) if quiet else None,
-        "tokens_are": "new" if args.mode == "generate" else "real",
+        "tokens_are": UNITS.get(args.mode, "real tokens"),
         "tokens_per_step": tokens,
         "peak_memory_bytes": peak_memory(),
         "peak_memory_after_load_bytes": loaded,

@@ -1,0 +1,105 @@
+"""What recipes on groups of completions share: the reference and where its log-probabilities are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainjax import data, policies
+from trainjax.models import Model
+from trainjax.recipes import _common as common
+from trainjax.recipes import _training as training
+from trainjax.recipes._common import say
+from trainjax.types import Loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(training.TrainConfig):
+    """The settings that training on preferences has in common."""
+
+    packing: common.PackingName = "none"
+    """One group of completions a row, or several."""
+    learning_rate: float = 5e-5
+    """Peak of the schedule: linear warm-up, then a cosine to zero."""
+    reference: str | None = None
+    """Another model as the reference; by default --model as it is before training."""
+    cache_reference: bool = False
+    """Compute the reference's log-probabilities once and keep them in a file beside the data."""
+
+
+LossOf = Callable[[Any, Any], Loss]
+"""`(policy, reference) -> loss`."""
+
+
+def run(config: PreferenceConfig, loss_of: LossOf, read: Callable[..., data.Group]) -> None:
+    """Trains on groups of completions.
+
+    Args:
+        config: the recipe's settings.
+        loss_of: the recipe's loss.
+        read: how rows are read: `data.pair` or `data.labelled`.
+
+    Raises:
+        ValueError: a setting, a file or a row that cannot be; one sentence says which and why.
+    """
+    loss_of(None, None)  # refuses a wrong number before anything is read
+    other = functools.cache(functools.partial(_other_model, config))
+
+    def base(model: Model) -> Model:
+        return model if config.reference is None else _with_same_tokens(other(), model)
+
+    def loss(model: Model) -> Loss:
+        cached = config.cache_reference
+        theirs = policies.CachedReference() if cached else policies.reference(base(model))
+        return loss_of(policies.policy(model, config.method()), theirs)
+
+    def prepare(model: Model, name: str, examples: data.Examples) -> data.Examples:
+        return _cached(config, base(model), name, examples) if config.cache_reference else examples
+
+    training.run(
+        config,
+        loss,
+        encoder=functools.partial(data.encode_groups, read=read),
+        prepare=prepare,
+        same=(*training.SAME, "loss", "reference"),
+    )
+
+
+def _other_model(config: PreferenceConfig) -> Model:
+    assert config.reference is not None
+    return common.load_model(config.reference, dtype=config.dtype, mesh=config.mesh.mesh())
+
+
+def _with_same_tokens(reference: Model, model: Model) -> Model:
+    if reference.config.vocab_size == model.config.vocab_size:
+        return reference
+    raise ValueError(
+        f"--reference {reference.source} has vocab_size={reference.config.vocab_size}, and "
+        f"{model.source} {model.config.vocab_size}: a reference has the model's own tokens"
+    )
+
+
+def _cached(
+    config: PreferenceConfig, reference: Model, name: str, examples: data.Examples
+) -> data.Examples:
+    """The examples with the reference's log-probabilities: from their file, or computed and saved."""
+    weights = f"{reference.fingerprint}-{reference.module.dtype}"
+    path = _beside(name, config.out)
+    if path.exists():
+        say(f"the reference's log-probabilities are in {path}")
+        return data.load_reference(path, examples, weights)
+    say(f"computing the reference's log-probabilities, for {path} ...")
+    logprobs = policies.reference_logprobs(policies.reference(reference))
+    mesh = config.mesh.mesh()
+    examples = data.with_reference(examples, logprobs, batch_size=config.batch_size, mesh=mesh)
+    data.save_reference(path, examples, weights)
+    return examples
+
+
+def _beside(name: str, out: Path) -> Path:
+    """`pairs.jsonl.reference.safetensors` for a file that is there, else a file in the run's folder."""
+    file = Path(f"{name}.reference.safetensors")
+    return file if Path(name).exists() else out / file.name.replace(":", "-")
