@@ -1,0 +1,174 @@
+"""Tasks learned one after another by a method against forgetting, every task measured after each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import optax
+
+from trainjax import continual, data, losses, models, train
+from trainjax.continual import Learned, Method
+from trainjax.models import Model
+from trainjax.policies import Policy, policy
+from trainjax.recipes import _common as common
+from trainjax.recipes import _continual as parts
+from trainjax.recipes import _forgetting as forgetting
+from trainjax.recipes import _training as training
+from trainjax.recipes._common import say
+from trainjax.recipes._forgetting import Report
+from trainjax.train.step import Step
+
+METHODS: Mapping[str, Callable[..., Method]] = {
+    method.__name__: method
+    for method in (
+        *(continual.sequential, continual.ewc, continual.online_ewc, continual.l2_sp),
+        *(continual.si, continual.mas, continual.lwf, continual.replay, continual.hft),
+        *(continual.reg_lora, continual.o_lora, continual.joint),
+    )
+}
+MethodName = str if TYPE_CHECKING else Literal[tuple(METHODS)]  # the choices that --help shows
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """The method; a coefficient that is not given is the method's own default."""
+
+    name: MethodName = "ewc"
+    """Which one; sequential does nothing against forgetting, joint learns all tasks at once."""
+    strength: float | None = None
+    """Of the penalty; of replay, rows that come again for each new one."""
+    samples: int | None = None
+    """Examples of a task that ewc, online_ewc and mas estimate importances from."""
+    decay: float | None = None
+    """How much of earlier Fishers online_ewc keeps."""
+    damping: float | None = None
+    """Of the division in si."""
+    capacity: int | None = None
+    """Rows that replay keeps."""
+    fraction: float | None = None
+    """Of a matrix's entries that reg_lora protects for a task."""
+
+    def method(self) -> Method:
+        """The method's functions.
+
+        Raises:
+            ValueError: a coefficient that the method does not have, or a value that it refuses.
+        """
+        given = {n: v for n, v in dataclasses.asdict(self).items() if n != "name" and v is not None}
+        known = list(inspect.signature(METHODS[self.name]).parameters)
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"--method.{name} has no meaning for {self.name}, which has "
+                    f"{', '.join(known) or 'no coefficients'}"
+                )
+        return METHODS[self.name](**given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(parts.Settings):
+    """Learns tasks in turn; writes the matrix of scores, its picture and the adapter to --out."""
+
+    tasks: tuple[str, ...]
+    """Rows of each task in the order of learning: a source named after its file, or NAME=SOURCE."""
+    eval_tasks: tuple[str, ...] = ()
+    """Held-out rows of the same tasks; without them the tasks' own rows are measured on."""
+    method: MethodConfig = MethodConfig()
+    exact_match: int = 0
+    """Held-out conversations of each task that are asked; their right answers are then the score."""
+    max_new_tokens: int = 32
+    """Longest answer, in tokens."""
+
+
+def main(config: Config) -> None:
+    """Runs the job."""
+    method = config.method.method()
+    tasks, held_out = parts.read_tasks(config.tasks, config.eval_tasks)
+    training.claim_folder(config.out, resume=config.resume)
+    model, adapter = config.load(), config.adapter()
+    params = config.untrained(model, 0)
+    model = model.with_params(None) if config.full else model  # no second copy of the weights stays
+    kept = parts.Kept(params, method.init(params, len(tasks)), [])
+    run = _prepared(config, method, model, tasks, held_out)
+    report = functools.partial(
+        Report,
+        dataclasses.asdict(config.method),
+        [t.name for t in tasks],
+        [s.name for s in run.stages],
+    )
+    same = parts.same_run(config, model, run.stages)
+    with contextlib.closing(train.Checkpoints(config.out / "checkpoints", keep=1)) as saved:
+        kept = (parts.restored(saved, kept, same) if config.resume else None) or kept
+        common.save_config(config, config.out / "config.yaml")
+        if not kept.scores:
+            ours = method.policy(run.plain, kept.memory)
+            kept = kept._replace(scores=[run.evaluate(ours, kept.params)])
+        for number in range(len(kept.scores) - 1, len(run.stages)):
+            say(f"learning {run.stages[number].name} ({number + 1} of {len(run.stages)})")
+            kept = _learned(run, kept, number)
+            parts.save(saved, kept, same)
+            forgetting.write(report(kept.scores), config.out / "forgetting.json")
+    forgetting.plot(report(kept.scores), config.out / "forgetting.png")
+    forgetting.show(report(kept.scores))
+    if adapter is not None:
+        parts.save_adapter(config, model, method.adapter(kept.memory, kept.params))
+    elif not (config.out / "model").exists():  # it does where a finished run is resumed
+        models.save_model(config.out / "model", model, kept.params)
+
+
+class _Run(NamedTuple):
+    """What all stages share."""
+
+    config: Config
+    method: Method
+    model: Model
+    stages: list[parts.Stage]
+    plain: Policy
+    evaluate: parts.Evaluation
+    optimizer: Callable[[int], optax.GradientTransformation]
+    make_step: Callable[[optax.GradientTransformation], Step]
+
+
+def _prepared(
+    config: Config,
+    method: Method,
+    model: Model,
+    tasks: list[parts.Task],
+    held_out: list[parts.Task],
+) -> _Run:
+    examples = parts.encoded(config, model, tasks)
+    measured = examples if held_out is tasks else parts.encoded(config, model, held_out)
+    asked = [parts.questions(t, config.exact_match, config.seed) for t in held_out]
+    return _Run(
+        config,
+        method,
+        model,
+        parts.stages(config, method, model, tasks),
+        policy(model, config.adapter()),
+        parts.Evaluation(model, config.plan(), measured, asked, config.max_new_tokens),
+        functools.cache(config.optimizer),  # equal stages are one program
+        functools.cache(functools.partial(train.make_step, accumulate=config.accumulate)),
+    )
+
+
+def _learned(run: _Run, kept: parts.Kept, number: int) -> parts.Kept:
+    """What there is after one more stage."""
+    config, method, stage = run.config, run.method, run.stages[number]
+    ours, seed = method.policy(run.plain, kept.memory), config.seed_of(number)
+    penalty = method.penalty(kept.memory, ours, number)
+    loss = losses.sft(ours) if penalty is None else losses.sft(ours) + penalty
+    tx = method.optimizer(run.optimizer(stage.steps), kept.memory, seed)
+    start = method.start(kept.params, lambda: config.untrained(run.model, number))
+    state, step = train.init(start, tx, seed), run.make_step(tx)
+    loader = data.Loader(stage.examples, config.plan(), run.model.module.mesh)
+    with parts.sinks(config, run.stages, number) as to:
+        state = train.fit(state, step, loss, loader, steps=stage.steps, sinks=to)
+    batches = functools.partial(parts.single_examples, config, run.model, run.stages, number)
+    task = Learned(number, state.params, state.opt_state, ours, batches)
+    scores = [*kept.scores, run.evaluate(ours, state.params)]
+    return parts.Kept(state.params, method.learned(kept.memory, task), scores)
