@@ -142,6 +142,14 @@ def test_terms_share_under_dropout_as_well(forwards):
     assert len(forwards) == 1
 
 
+def test_terms_weighed_by_their_uncertainty_share_as_well(forwards):
+    dpo, sft, _ = terms()
+    tasks = {"dpo": dpo, "sft": sft}
+    params = losses.with_log_variances(helpers.trained(METHOD, helpers.tiny().params), tasks)
+    helpers.loss_and_gradients(losses.uncertainty(tasks), params, pair_batch())
+    assert len(forwards) == 2
+
+
 def test_another_adapter_or_batch_is_another_forward_pass(forwards):
     model = helpers.tiny()
     ours = tj.policy(model, METHOD)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from trainjax.losses import on, scheduled, uncertainty, with_log_variances
+from trainjax.losses import at, on, scheduled, uncertainty, with_log_variances
 from trainjax.losses.combine import share
 from trainjax.train import Checkpoints, init, make_step
 from trainjax.types import Loss
@@ -38,6 +38,26 @@ def linear(inputs, params, batch, key):
 
 LINE = Loss(linear, jnp.float32(3.0))
 W = {"w": jnp.float32(2.0)}
+
+
+# --- parts of the params -------------------------------------------------------------------------
+
+
+def test_a_loss_of_a_part_has_its_value_and_its_gradient_and_no_other():
+    params = {"policy": W, "log_variances": {"a": jnp.float32(5.0)}}
+    (value, metrics), slope = jax.value_and_grad(at("policy", LINE), has_aux=True)(params, {})
+    assert (float(value), metrics) == (float(LINE(W, {})[0]), LINE(W, {})[1])
+    assert float(slope["policy"]["w"]) == float(jax.grad(lambda p: LINE(p, {})[0])(W)["w"])
+    assert float(slope["log_variances"]["a"]) == 0.0
+
+
+def test_a_part_that_is_not_there_is_one_clear_sentence():
+    with pytest.raises(
+        ValueError, match=r"no part 'polcy', but \['policy'\]; did you mean 'policy'"
+    ):
+        at("polcy", LINE)({"policy": W}, {})
+    with pytest.raises(ValueError, match=r"no part 'policy', but \[\]"):
+        at("policy", LINE)(W["w"], {})
 
 
 # --- schedules ---------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Losses: array maths that can be read alone, and functions that wire a policy into a `Loss`."""
 
-from trainjax.losses.combine import on, scheduled, uncertainty, with_log_variances
+from trainjax.losses.combine import at, on, scheduled, uncertainty, with_log_variances
 from trainjax.losses.continual import (
     Anchored,
     ewc,
@@ -28,6 +28,7 @@ from trainjax.losses.reweight import (
 from trainjax.losses.sft import dco, dft, reward_weighted, sft, unlikelihood
 
 __all__ = [
+    "at",
     "Anchored",
     "bradley_terry",
     "cispo",

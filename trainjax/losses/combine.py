@@ -103,6 +103,36 @@ class _On:
         return loss(params, {**part, **shared}, key)
 
 
+def at(name: str, loss: Loss) -> Loss:
+    """A loss of one part of the params, `params[name]`.
+
+    `uncertainty(losses) + at("policy", ewc(...))` is a penalty beside tasks that learn their weights.
+
+    Args:
+        name: of the part.
+        loss: of that part, the same batch and key.
+
+    Raises:
+        ValueError: when called, with params that have no such part.
+    """
+    return Loss(_At(name), loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    name: str
+
+    def __call__(
+        self, loss: Loss, params: Params, batch: Batch, key: PRNGKeyArray | None
+    ) -> tuple[Array, Metrics]:
+        if not isinstance(params, Mapping) or self.name not in params:
+            known = sorted(params) if isinstance(params, Mapping) else []
+            raise ValueError(
+                f"the params have no part {self.name!r}, but {known}{tree.nearest(self.name, known)}"
+            )
+        return loss(params[self.name], batch, key)
+
+
 # --- uncertainty -------------------------------------------------------------------------------
 
 
@@ -144,8 +174,7 @@ def _uncertainty(
     total = jnp.zeros(())
     metrics: Metrics = {}
     for name, loss in losses.items():
-        own_key = None if key is None else tree.key_for(key, name)
-        value, more = loss.named(name)(params["policy"], batch, own_key)
+        value, more = loss.named(name)(params["policy"], batch, key)
         constant = part * log_variances[name]
         total += jnp.exp(-log_variances[name]) * value + constant
         metrics |= more | {f"{name}/loss": value, f"{name}/log_variance": constant}
