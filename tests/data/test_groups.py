@@ -149,6 +149,51 @@ def test_scored_lists_of_several_lengths_are_filled_up():
     assert examples.groups.values["scores"].tolist() == [[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]
 
 
+def test_margins_of_pairs_reach_the_batch():
+    rows = [row | {"margin": i / 2} for i, row in enumerate(PAIRS)]
+    examples = data.encode_groups(rows, toy.tokenizer(), 64)
+    plan = data.Plan(9, 128, data.unpacked, seed=None)
+    batch = data.fill(examples, plan, plan.epoch(examples, 0)[0])
+    assert batch["margins"][:, 0].tolist() == [i / 2 for i in range(9)]
+    without = data.encode_groups(PAIRS, toy.tokenizer(), 64)
+    assert "margins" not in data.fill(without, plan, plan.epoch(without, 0)[0])
+
+
+def test_numbers_that_only_some_rows_have_are_refused():
+    rows = [PAIRS[0], PAIRS[1] | {"margin": 1.0}]
+    for given, sentence in (
+        (rows, "row 0 comes with no numbers, row 1 with margins; give them in all rows or in none"),
+        (rows[::-1], "row 0 comes with margins, row 1 with none"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            data.encode_groups(given, toy.tokenizer(), 64)
+
+
+SINGLE = {
+    "prompt": {"prompt": "say 0", "completion": "0"},
+    "prompt as messages": {"prompt": [MESSAGES[0]], "completion": [MESSAGES[1]]},
+    "messages": {"messages": [MESSAGES[0], MESSAGES[1]]},
+    "text": {"text": "say 0"},
+}
+
+
+@pytest.mark.parametrize("row", SINGLE.values(), ids=SINGLE)
+def test_a_single_text_is_a_group_of_one_as_supervised_encoding_makes_it(row):
+    found = data.encode_groups([row], toy.tokenizer(), 128, read=data.single)
+    alone = data.encode([row], toy.tokenizer(), 128)
+    assert found.groups.size == 1
+    assert plain(found, 0) == [(alone.tokens.tolist(), alone.tokens[alone.trained].tolist())]
+
+
+def test_a_single_text_that_is_empty_or_of_no_format_is_refused():
+    for row, sentence in (
+        ({"prompt": "a", "completion": " "}, "row 0: a completion is empty: ' '"),
+        ({"question": "a"}, "row 0: the columns are question; accepted are: messages; prompt"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            data.encode_groups([row], toy.tokenizer(), 64, read=data.single)
+
+
 def test_the_epochs_batches_weigh_all_groups_alike():
     examples = data.encode_groups(PAIRS, toy.tokenizer(), 64)
     plan = data.Plan(4, 128, data.unpacked)
@@ -182,6 +227,12 @@ BAD = {
     "the columns are prompt, chosen; accepted are: chosen \\+ rejected": {
         "prompt": "a",
         "chosen": "x",
+    },
+    "row 0: `margin` is a finite number, this is 'much'": {
+        "prompt": "a",
+        "chosen": "x",
+        "rejected": "y",
+        "margin": "much",
     },
     "row 0: `scores` are finite numbers, these are \\[nan, 1.0\\]": {
         "prompt": "a",

@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from trainjax.data.encode import Examples, drop, encode, refuse, truncate
-from trainjax.data.groups import Group, encode_groups, labelled, pair, scored
+from trainjax.data.groups import Group, Read, encode_groups, labelled, pair, scored, single
 from trainjax.data.packing import Pack, best_fit, unpacked
 from trainjax.data.pipeline import Loader, Plan, fill, one_epoch, sequence_mean, token_mean
 from trainjax.data.reference import load_reference, save_reference, with_reference
@@ -23,6 +23,7 @@ __all__ = [
     "Group",
     "Loader",
     "Plan",
+    "Read",
     "apply_template",
     "best_fit",
     "conditioned",
@@ -42,6 +43,7 @@ __all__ = [
     "score_tokens",
     "scored",
     "sequence_mean",
+    "single",
     "supervised",
     "token_mean",
     "truncate",

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from trainjax.data.encode import Examples, Groups, TooLong, at_row, tokenized, truncate
+from trainjax.data.formats import FORMATS as TEXTS
 from trainjax.data.formats import Conversation, Text, completion, detect, list_of_messages
 from trainjax.data.render import render
 from trainjax.data.sources import Row, Source
@@ -29,7 +30,7 @@ class Group(NamedTuple):
     Attributes:
         completions: each with the prompt.
         best: which one supervised fine-tuning would train on; None for none of them.
-        values: numbers that the loss reads: `labels`, or `scores` of each completion.
+        values: numbers that the loss reads: `margins`, `labels`, or `scores` of each completion.
     """
 
     completions: Sequence[Conversation | Text]
@@ -42,12 +43,25 @@ Read = Callable[[Source, int], Group]
 
 
 def pair(source: Source, number: int) -> Group:
-    """`chosen` and `rejected` with a `prompt`, or as conversations that begin alike."""
+    """`chosen` and `rejected` with a `prompt`, or as conversations that begin alike.
+
+    A `margin` says by how much the chosen one is the better: all rows have one, or none.
+    """
     row = source[number]
     prompt, chosen, rejected = _parts(row)
     if chosen == rejected:
         raise ValueError(f"`chosen` and `rejected` are the same: {chosen!r:.60}")
-    return Group([_with(prompt, answer, row) for answer in (chosen, rejected)])
+    values = {} if row.get("margin") is None else {"margins": _number(row, "margin")}
+    return Group([_with(prompt, answer, row) for answer in (chosen, rejected)], 0, values)
+
+
+def single(source: Source, number: int) -> Group:
+    """A text by itself, in any format of supervised fine-tuning: a group of one, to be scored."""
+    row = source[number]
+    read = detect(list(row), TEXTS)
+    if read is completion:
+        return Group([_with(row["prompt"], row["completion"], row)])
+    return Group([read(row)])
 
 
 def labelled(source: Source, number: int) -> Group:
@@ -108,7 +122,7 @@ def encode_groups(
         source: rows; see `FORMATS` for their columns.
         tokenizer: a `PreTrainedTokenizerFast`.
         max_length: longest prompt with one of its completions, in tokens.
-        read: `pair`, `labelled` or `scored`; by default what the columns say.
+        read: `pair`, `labelled`, `scored` or `single`; by default what the columns say.
         share_prompt: the prompt's tokens once for all completions. A model with a sliding window
             cannot have it.
         template: whether plain prompts and completions go through the chat template.
@@ -117,7 +131,8 @@ def encode_groups(
 
     Raises:
         ValueError: unknown columns; a row that cannot be read (by number): an empty completion, equal
-            ones in a pair, scores that are not numbers; no group whose completions all have a token.
+            ones in a pair, scores or margins that are not numbers, or only of some rows; no group whose
+            completions all have a token.
     """
     if not len(source):
         raise ValueError("the dataset is empty")
@@ -184,9 +199,15 @@ def _joined(made: Sequence[_Laid]) -> Examples:
         one.targets & (one.branches == (-1 if one.group.best is None else one.group.best + 1))
         for one in made
     ]
+    names = made[0].group.values.keys()
+    if odd := [one for one in made if one.group.values.keys() != names]:
+        raise ValueError(
+            f"row {made[0].row} comes with {', '.join(names) or 'no numbers'}, row {odd[0].row} with "
+            f"{', '.join(odd[0].group.values) or 'none'}; give them in all rows or in none"
+        )
     values = {
         name: np.asarray([_padded(one.group.values[name], size) for one in made], np.float32)
-        for name in made[0].group.values
+        for name in names
     }
     groups = Groups(
         size,
@@ -236,6 +257,17 @@ def _parts(row: Row) -> tuple[Any, Any, Any]:
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _number(row: Row, name: str) -> float:
+    value = row[name]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` is a finite number, this is {value!r:.60}")
+    return number
 
 
 def _with(prompt: Any, answer: Any, row: Row) -> Conversation | Text:
