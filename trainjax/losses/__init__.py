@@ -1,6 +1,6 @@
 """Losses: array maths that can be read alone, and functions that wire a policy into a `Loss`."""
 
-from trainjax.losses.combine import at, on, scheduled, uncertainty, with_log_variances
+from trainjax.losses.combine import at, ensemble, on, scheduled, uncertainty, with_log_variances
 from trainjax.losses.continual import (
     Anchored,
     ewc,
@@ -35,6 +35,7 @@ __all__ = [
     "dco",
     "dft",
     "dpo",
+    "ensemble",
     "ewc",
     "grpo",
     "gspo",

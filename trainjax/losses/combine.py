@@ -1,4 +1,5 @@
-"""Losses made of losses: scaled by a schedule, on one of several batches, weighed by their uncertainty.
+"""Losses made of losses: scaled by a schedule, on one of several batches, weighed by their uncertainty,
+of several members at once.
 
 Sums and constant factors need no function: `dpo + 0.1 * sft`.
 """
@@ -189,6 +190,50 @@ def _log_variances(losses: dict[str, Loss], params: Params) -> dict[str, Array]:
             f"{sorted(losses)}; begin with losses.with_log_variances(params, losses)"
         )
     return found
+
+
+# --- ensembles ---------------------------------------------------------------------------------
+
+
+def ensemble(loss: Loss) -> Loss:
+    """`sum_k loss(params_k)`: members that train at once, each as if it were alone.
+
+    The params' leading axis is the members', as `jax.vmap` of an `init` over keys makes it. The loss's
+    own arrays, base weights above all, are there once for all members. A member's gradient is that of
+    its own loss, and dropout has a key for each. Only what an optimizer makes of all gradients together
+    couples members: clipping by the global norm.
+
+    Metrics: means over the members.
+
+    Args:
+        loss: of one member.
+
+    Raises:
+        ValueError: when called, with params whose leading axes differ.
+
+    >>> square = Loss(lambda inputs, params, batch, key: (params**2, {"value": params}))
+    >>> value, metrics = ensemble(square)(jnp.asarray([1.0, 3.0]), {})
+    >>> float(value), float(metrics["value"])
+    (10.0, 2.0)
+    """
+    return Loss(_ensemble, loss)
+
+
+def _ensemble(
+    loss: Loss, params: Params, batch: Batch, key: PRNGKeyArray | None
+) -> tuple[Array, Metrics]:
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(params)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            f"the leading axes of an ensemble's params are its members, and these are {sorted(sizes)}; "
+            "make them with jax.vmap(init)(keys)"
+        )
+    keys = None if key is None else jax.random.split(key, *sizes.pop())
+    values, metrics = jax.vmap(loss, in_axes=(0, None, 0))(params, batch, keys)
+    return jnp.sum(values), {name: jnp.mean(value, axis=0) for name, value in metrics.items()}
+
+
+# --- shares ------------------------------------------------------------------------------------
 
 
 def share(batch: Batch) -> Float[Array, ""]:
