@@ -23,22 +23,30 @@ if TYPE_CHECKING:
     from trainjax import tree as tree
     from trainjax.models import load as load
     from trainjax.models import load_adapter as load_adapter
+    from trainjax.models import load_scorer as load_scorer
     from trainjax.models import save_adapter as save_adapter
     from trainjax.models import save_model as save_model
+    from trainjax.models import save_scorer as save_scorer
     from trainjax.parallel.mesh import mesh as mesh
     from trainjax.policies import policy as policy
     from trainjax.policies import reference as reference
     from trainjax.rollout import generate as generate
+    from trainjax.scorers import init_scorer as init_scorer
+    from trainjax.scorers import scorer as scorer
 
 _HOMES = {
     "generate": "trainjax.rollout",
+    "init_scorer": "trainjax.scorers",
     "load": "trainjax.models",
     "load_adapter": "trainjax.models",
+    "load_scorer": "trainjax.models",
     "mesh": "trainjax.parallel",
     "policy": "trainjax.policies",
     "reference": "trainjax.policies",
     "save_adapter": "trainjax.models",
     "save_model": "trainjax.models",
+    "save_scorer": "trainjax.models",
+    "scorer": "trainjax.scorers",
 }
 _MODULES = {
     *("data", "estimate", "evals", "losses", "models", "optim"),

@@ -2,5 +2,14 @@
 
 from trainjax.evals.exact_match import ExactMatch, exact_match
 from trainjax.evals.forgetting import Forgetting, forgetting
+from trainjax.evals.rewards import Comparisons, comparisons, scores
 
-__all__ = ["ExactMatch", "Forgetting", "exact_match", "forgetting"]
+__all__ = [
+    "Comparisons",
+    "ExactMatch",
+    "Forgetting",
+    "comparisons",
+    "exact_match",
+    "forgetting",
+    "scores",
+]

@@ -5,9 +5,19 @@ architecture and `TENSORS` that names the tensors. Nothing registers it; the fil
 with an underscore are the common part.
 """
 
-from trainjax.models._adapters import load_adapter, save_adapter
-from trainjax.models._load import load, random_model
+from trainjax.models._adapters import is_scorer, load_adapter, save_adapter, save_scorer
+from trainjax.models._load import load, load_scorer, random_model
 from trainjax.models._model import Model
 from trainjax.models._save import save_model
 
-__all__ = ["Model", "load", "load_adapter", "random_model", "save_adapter", "save_model"]
+__all__ = [
+    "Model",
+    "is_scorer",
+    "load",
+    "load_adapter",
+    "load_scorer",
+    "random_model",
+    "save_adapter",
+    "save_model",
+    "save_scorer",
+]

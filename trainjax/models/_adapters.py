@@ -6,13 +6,18 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 import trainjax.peft
 from trainjax import tree
 from trainjax.io import peft as files
-from trainjax.models._model import Model, tensor_names
-from trainjax.types import Params, Peft
+from trainjax.models._model import SCORE, Model, tensor_names
+from trainjax.models._save import host_array, save_model
+from trainjax.types import Params, Peft, PeftFiles
+
+_SCORING = "SEQ_CLS"  # PEFT's word for it
+_SCORE = SCORE.removesuffix(".weight")
 
 
 def save_adapter(path: str | Path, model: Model, method: Peft, adapter: Params) -> None:
@@ -45,12 +50,87 @@ def load_adapter(
         ValueError: not an adapter, a kind or a setting that is not supported, tensors that do not
             fit, or trained on another base.
     """
+    found = _read(path, model, other_base=other_base)
+    if found.fields.get("task_type") == _SCORING:
+        raise ValueError(
+            f"{path} is the adapter of a reward model, which scores texts and makes none; read it with "
+            "load_scorer, or give the adapter of a model that generates"
+        )
+    return _from_files(path, found, model)
+
+
+def save_scorer(path: str | Path, model: Model, method: Peft | None, params: Params) -> None:
+    """Writes a reward model for transformers or PEFT, and for `load_scorer`.
+
+    Without a method a folder that `AutoModelForSequenceClassification.from_pretrained` reads. With one
+    an adapter's folder of `task_type` SEQ_CLS, the head in it, which PEFT loads over that class and the
+    base. In both, transformers scores the last token that is not padding: of rows that it tokenizes
+    itself, by the chat template too, so that a text ends where it did in training.
+
+    Args:
+        path: the folder; see `save_model` and `save_adapter`.
+        model: the base.
+        method: the adapter's functions, or None where every weight trained.
+        params: of the scorer, `{"body": ..., "score": ...}`.
+
+    Raises:
+        ValueError: as `save_model`.
+    """
+    if method is None:
+        save_model(path, model, {**params["body"], "score": params["score"]})
+        return
+    exported = method.export(params["body"], _modules(model))
+    base = {"task_type": _SCORING, "base_model_name_or_path": model.source}
+    fields = base | exported.fields | {"modules_to_save": [_SCORE]}
+    kernel = host_array(params["score"]["kernel"])
+    tensors = {**exported.tensors, SCORE: np.ascontiguousarray(kernel.T)}
+    files.write(Path(path), PeftFiles(fields, tensors), model.fingerprint)
+
+
+def is_scorer(path: str | Path) -> bool:
+    """Whether an adapter is a reward model's, with a head that scores.
+
+    Raises:
+        ValueError: not an adapter's folder, or one whose files are damaged.
+    """
+    return SCORE in files.read(Path(path))[0].tensors
+
+
+def load_scoring_adapter(
+    path: str | Path, model: Model, *, other_base: bool = False
+) -> tuple[Peft, Params]:
+    """The method and the params, head included, of a reward model's adapter.
+
+    Raises:
+        ValueError: as `load_adapter`; an adapter without a head that scores.
+    """
+    found = _read(path, model, other_base=other_base)
+    fields, tensors = dict(found.fields), dict(found.tensors)
+    saved = fields.pop("modules_to_save", None) or []
+    if SCORE not in tensors:
+        raise ValueError(
+            f"{path} is an adapter of task_type={fields.get('task_type')!r} without {SCORE}, so it cannot "
+            f"score; a reward model's has task_type={_SCORING!r} and the weights of its head"
+        )
+    if others := set(saved) - {_SCORE, "classifier"}:  # PEFT names both, whichever the model has
+        fields["modules_to_save"] = sorted(others)
+    kernel = jnp.asarray(tensors.pop(SCORE).T, jnp.float32)
+    method, adapter = _from_files(path, PeftFiles(fields, tensors), model)
+    return method, {"body": adapter, "score": {"kernel": kernel}}
+
+
+def _read(path: str | Path, model: Model, *, other_base: bool) -> PeftFiles:
+    """An adapter's files, if they are of this base."""
     found, fingerprint = files.read(Path(path))
     if fingerprint not in (None, model.fingerprint) and not other_base:
         raise ValueError(
             f"{path} was trained on another base (fingerprint {fingerprint}; {model.source} has "
             f"{model.fingerprint}); load that base, or say that another is meant: other_base"
         )
+    return found
+
+
+def _from_files(path: str | Path, found: PeftFiles, model: Model) -> tuple[Peft, Params]:
     package = trainjax.peft
     for module in pkgutil.iter_modules(package.__path__):
         method = importlib.import_module(f"{package.__name__}.{module.name}")

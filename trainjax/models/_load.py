@@ -16,9 +16,16 @@ from jaxtyping import PRNGKeyArray
 from trainjax import parallel, tree
 from trainjax.io.hub import open_checkpoint
 from trainjax.models import _adapters
-from trainjax.models._model import Model, abstract_params, family, fingerprint, tensor_names
-from trainjax.nn import Decoder, remat
-from trainjax.types import Checkpoint, Params
+from trainjax.models._model import (
+    SCORE,
+    Model,
+    abstract_params,
+    family,
+    fingerprint,
+    tensor_names,
+)
+from trainjax.nn import Decoder, body, remat
+from trainjax.types import Checkpoint, Params, Peft
 
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", "masked_bias")  # buffers that old files carry
 
@@ -44,24 +51,92 @@ def load(
 
     Raises:
         ValueError: no such model, an unsupported architecture, tensors that are missing, unknown or
-            of another shape, an adapter that was trained on another base.
+            of another shape, a reward model, an adapter that was trained on another base.
     """
     checkpoint = open_checkpoint(source)
+    if SCORE in checkpoint.shapes():
+        raise ValueError(
+            f"{source} is a reward model: it has {SCORE}, to score texts and not to make them; "
+            "give the model that it was trained from, or read it with load_scorer"
+        )
+    model = _from_checkpoint(checkpoint, str(source), mesh, dtype, compute_dtype, remat)
+    if adapter is None:
+        return model
+    method, factors = _adapters.load_adapter(adapter, model)
+    return model.with_params(method.attach(model.params, factors))
+
+
+def load_scorer(
+    source: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    compute_dtype: Any = None,
+    remat: Callable[..., Any] | None = remat.full,
+    adapter: str | Path | None = None,
+    other_base: bool = False,
+) -> tuple[Model, Peft | None, Params]:
+    """A reward model: model, method and params, as `scorer(model, method)` takes them.
+
+    Args:
+        source: a folder of a sequence classifier of transformers (with `score.weight`), or what `load`
+            reads, if there is an adapter.
+        mesh: as in `load`.
+        dtype: as in `load`; the head that scores is in float32 in any case.
+        compute_dtype: as in `load`.
+        remat: as in `load`.
+        adapter: a folder in PEFT's format, of `task_type` SEQ_CLS: it has the head, and is not attached.
+        other_base: accept an adapter that was trained here on another base of the same shape.
+
+    Raises:
+        ValueError: as in `load`; a model without a head that scores and no adapter that has one.
+
+    Source: agrees with `AutoModelForSequenceClassification` of transformers 5, and PEFT 0.21 over it.
+    """
+    checkpoint = open_checkpoint(source)
+    model = _from_checkpoint(checkpoint, str(source), mesh, dtype, compute_dtype, remat)
+    if adapter is not None:
+        return model, *_adapters.load_scoring_adapter(adapter, model, other_base=other_base)
+    if "score" not in model.params:
+        raise ValueError(
+            f"{source} has no {SCORE}, so it cannot score; give a reward model's folder, or the adapter "
+            "of one besides its base"
+        )
+    head = tree.cast(model.params["score"], jnp.float32)
+    return model, None, {"body": body(model.params), "score": head}
+
+
+def _from_checkpoint(
+    checkpoint: Checkpoint,
+    source: str,
+    mesh: Mesh | None,
+    dtype: Any,
+    compute_dtype: Any,
+    remat: Any,
+) -> Model:
     module = _module(checkpoint.config, mesh, compute_dtype, remat)
-    params = _read(checkpoint, abstract_params(module), mesh, dtype)
-    model = Model(
+    params = _read(checkpoint, _abstract(checkpoint, module), mesh, dtype)
+    return Model(
         module.config,
         module,
         params,
         checkpoint.tokenizer(),
         checkpoint.config,
-        str(source),
+        source,
         fingerprint(params),
     )
-    if adapter is None:
-        return model
-    method, factors = _adapters.load_adapter(adapter, model)
-    return model.with_params(method.attach(params, factors))
+
+
+def _abstract(checkpoint: Checkpoint, module: Decoder) -> Params:
+    """The params to read: with a reward model's head in the place of the other."""
+    abstract, shapes = abstract_params(module), checkpoint.shapes()
+    if SCORE not in shapes:
+        return abstract
+    labels, hidden = shapes[SCORE]
+    if hidden != (width := module.config.hidden_size):
+        raise ValueError(f"{SCORE} is {shapes[SCORE]}; the hidden states are {width} wide")
+    kernel = jax.ShapeDtypeStruct((width, labels), jnp.float32)
+    return body(abstract) | {"score": {"kernel": kernel}}
 
 
 def random_model(

@@ -82,9 +82,13 @@ def family(hf: Mapping[str, Any]) -> ModuleType:
     return importlib.import_module(f"{package}.{kind}")
 
 
+SCORE = "score.weight"
+"""The head that scores, in the checkpoints of every family."""
+
+
 def tensor_names(hf: Mapping[str, Any], params: Params) -> dict[str, list[str]]:
     """For each parameter of ours, the tensors of the checkpoint that it is made of, layer by layer."""
-    table = family(hf).TENSORS
+    table = family(hf).TENSORS | {"score/kernel": SCORE}
     return {name: _expand(table[name], leaf.shape) for name, leaf in tree.flatten(params).items()}
 
 

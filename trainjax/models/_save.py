@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from trainjax.types import Params
 def save_model(path: str | Path, model: Model, params: Params | None = None) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `load` read.
 
+    Params with a `score` in the place of the head make a sequence classifier's; see `save_scorer`.
     The folder appears whole or not at all: it is written under another name and moved into place.
 
     Args:
@@ -40,10 +43,43 @@ def save_model(path: str | Path, model: Model, params: Params | None = None) -> 
     with folder.written(Path(path)) as temporary:
         dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype).name
         hf = {k: v for k, v in model.hf.items() if k not in ("torch_dtype", "quantization_config")}
+        tokenizer = model.tokenizer
+        if "score" in params:
+            tokenizer = _with_padding_of_its_own(tokenizer)
+            hf |= _classifier(hf, params["score"]["kernel"].shape[1], tokenizer)
         folder.write_json(temporary / "config.json", hf | {"dtype": dtype})
         folder.write_shards(temporary, _tensors(model, params))
-        if model.tokenizer is not None:
-            tokenizers.save(model.tokenizer, temporary)
+        if tokenizer is not None:
+            tokenizers.save(tokenizer, temporary)
+
+
+def _classifier(hf: Mapping[str, Any], labels: int, tokenizer: Any) -> dict[str, Any]:
+    """What `config.json` says of a model that gives numbers to texts."""
+    names = [f"LABEL_{label}" for label in range(labels)]
+    family, _, _ = (hf.get("architectures") or [hf["model_type"].capitalize()])[0].partition("For")
+    return {
+        "architectures": [f"{family}ForSequenceClassification"],
+        "id2label": {str(label): name for label, name in enumerate(names)},
+        "label2id": {name: label for label, name in enumerate(names)},
+        "num_labels": labels,
+        "pad_token_id": hf.get("pad_token_id") if tokenizer is None else tokenizer.pad_token_id,
+    }
+
+
+def _with_padding_of_its_own(tokenizer: Any) -> Any:
+    """The tokenizer with a padding token that ends no text, if it has such a token.
+
+    transformers scores the last token that is not padding: where a text's end pads too, it would be
+    the one before.
+    """
+    if tokenizer is None or tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    taken = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    added = tokenizer.added_tokens_decoder.items()
+    free = [token.content for number, token in added if token.special and number not in taken]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = free[0] if free else tokenizer.eos_token
+    return tokenizer
 
 
 def _tensors(model: Model, params: Params) -> Iterator[tuple[str, np.ndarray]]:

@@ -181,6 +181,11 @@ def head(config: DecoderConfig, params: Params) -> Head:
     return Tied(params["embed"]["embedding"]) if config.tie_embeddings else params["head"]["kernel"]
 
 
+def body(params: Params) -> Params:
+    """The params that make hidden states: all but the output head, and the head that scores."""
+    return {name: part for name, part in params.items() if name not in ("head", "score")}
+
+
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `slots` tokens a row."""
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
