@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from trainjax import data, parallel, peft, rollout
+from trainjax import data, models, parallel, peft, rollout
 from trainjax.models import Model, load
 from trainjax.nn import remat
-from trainjax.types import Peft
+from trainjax.types import Params, Peft
 
 DTYPES: Mapping[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 PACKING: Mapping[str, data.Pack] = {"best-fit": data.best_fit, "none": data.unpacked}
@@ -121,6 +121,21 @@ def load_model(
     kind = None if dtype is None else DTYPES[dtype]
     return load(
         name, mesh=mesh, dtype=kind, compute_dtype=kind, adapter=adapter, remat=REMAT[remat]
+    )
+
+
+def load_scorer(
+    name: str,
+    *,
+    dtype: DtypeName | None = None,
+    adapter: str | Path | None = None,
+    other_base: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Model, Peft | None, Params]:
+    """A reward model as flags name it; see `load_model`."""
+    kind = None if dtype is None else DTYPES[dtype]
+    return models.load_scorer(
+        name, mesh=mesh, dtype=kind, compute_dtype=kind, adapter=adapter, other_base=other_base
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,28 @@ SAME = (  # what must be equal for a resumed run to be the same run
 )
 
 
+class Job(NamedTuple):
+    """A recipe's own part of a run.
+
+    Attributes:
+        loss_of: its loss on a model.
+        first_params: `(model) -> params`: what trains, before the first step.
+        save: `(model, params)`: writes what a finished run leaves in `--out`.
+        encoder: makes examples of rows.
+        prepare: adds to the examples of a named dataset what it takes the model to know.
+        same: names of the settings that a resumed run has to share.
+        tells_tokens: whether the loss goes through the vocabulary, which counts in the MFU.
+    """
+
+    loss_of: Callable[[Model], Loss]
+    first_params: Callable[[Model], Params]
+    save: Callable[[Model, Params], None]
+    encoder: Encoder = data.encode
+    prepare: Prepare = lambda model, name, examples: examples
+    same: Sequence[str] = SAME
+    tells_tokens: bool = True
+
+
 def run(
     config: TrainConfig,
     loss_of: Callable[[Model], Loss],
@@ -101,14 +124,17 @@ def run(
     prepare: Prepare = lambda model, name, examples: examples,
     same: Sequence[str] = SAME,
 ) -> None:
+    """Trains a language model, whole or by an adapter; see `Job` and `run_job`."""
+    first, save = (functools.partial(f, config) for f in (_first_params, _save))
+    run_job(config, Job(loss_of, first, save, encoder, prepare, same))
+
+
+def run_job(config: TrainConfig, job: Job) -> None:
     """Reads rows and model, trains, and writes what a run leaves.
 
     Args:
         config: the recipe's settings.
-        loss_of: the recipe's loss on a model.
-        encoder: makes examples of rows.
-        prepare: adds to the examples of a named dataset what it takes the model to know.
-        same: names of the settings that a resumed run has to share.
+        job: the recipe's own part.
 
     Raises:
         ValueError: a setting, a file or a row that cannot be; one sentence says which and why.
@@ -123,12 +149,12 @@ def run(
     if config.batch_size < 1:
         raise ValueError(f"batch_size={config.batch_size}: a batch has at least one row")
 
-    examples = encode(config, config.data, rows, model, encoder)
-    examples = prepare(model, config.data, examples)
+    examples = encode(config, config.data, rows, model, job.encoder)
+    examples = job.prepare(model, config.data, examples)
     held_out = None
     if config.eval_data and eval_rows is not None:
-        held_out = encode(config, config.eval_data, eval_rows, model, encoder)
-        held_out = prepare(model, config.eval_data, held_out)
+        held_out = encode(config, config.eval_data, eval_rows, model, job.encoder)
+        held_out = job.prepare(model, config.eval_data, held_out)
     length = max(data.row_length(e, config.max_length) for e in (examples, held_out) if e)
     plan = data.Plan(config.batch_size, length, common.PACKING[config.packing], config.seed)
     loader = data.Loader(examples, plan, mesh)
@@ -140,15 +166,15 @@ def run(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(schedule, weight_decay=config.weight_decay),
     )
-    loss, method = loss_of(model), config.method()
-    state = train.init(_first_params(config, method, model), tx, config.seed)
+    loss = job.loss_of(model)
+    state = train.init(job.first_params(model), tx, config.seed)
     if config.full:
         model = model.with_params(None)  # the state has its own; no second copy stays
     evaluate = None
     if held_out is not None:
         evaluate = train.evaluator(loss, lambda: data.one_epoch(held_out, plan, mesh))
 
-    shared = settings(config, same, steps=steps, model=model, examples=examples)
+    shared = settings(config, job.same, steps=steps, model=model, examples=examples)
     with contextlib.closing(train.Checkpoints(config.out / "checkpoints", config.keep)) as saved:
         state, num_tokens = resumed(state, saved, loader, shared, wanted=config.resume)
         common.save_config(config, config.out / "config.yaml")
@@ -166,19 +192,32 @@ def run(
                 evaluate=evaluate,
                 eval_every=config.eval_every,
                 settings=shared,
-                derived=rates(model, examples, state.params, schedule, full=config.full),
+                derived=rates(
+                    model,
+                    examples,
+                    state.params,
+                    schedule,
+                    full=config.full,
+                    targets=float(examples.trained.mean()) if job.tells_tokens else 0.0,
+                ),
                 num_tokens=num_tokens,
             )
-    if method is not None:
-        models.save_adapter(config.out / "adapter", model, method, state.params)
-    elif not (config.out / "model").exists():  # it does where a finished run is resumed
-        models.save_model(config.out / "model", model, state.params)
+    job.save(model, state.params)
 
 
-def _first_params(config: TrainConfig, method: Peft | None, model: Model) -> Params:
+def _first_params(config: TrainConfig, model: Model) -> Params:
+    method = config.method()
     if method is None:
         return tree.cast(model.params, jnp.float32)
     return method.init(jax.random.key(config.seed), model.params)
+
+
+def _save(config: TrainConfig, model: Model, params: Params) -> None:
+    method = config.method()
+    if method is not None:
+        models.save_adapter(config.out / "adapter", model, method, params)
+    elif not (config.out / "model").exists():  # it does where a finished run is resumed
+        models.save_model(config.out / "model", model, params)
 
 
 def claim_folder(out: Path, *, resume: bool) -> None:
@@ -296,6 +335,7 @@ def rates(
     schedule: Callable[[int], Any],
     *,
     full: bool,
+    targets: float,
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """`(record) -> record` with the step's learning rate and MFU."""
     flops = flops_per_token(
@@ -303,7 +343,7 @@ def rates(
         context=float((examples.lengths**2).sum() / examples.lengths.sum() / 2),
         adapter_size=0 if full else tree.count(params),
         full=full,
-        targets=float(examples.trained.mean()),
+        targets=targets,
     )
     peak = metrics.peak_flops(model.module.dtype)
 

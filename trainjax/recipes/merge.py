@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 
 from trainjax import models
+from trainjax.nn import body
 from trainjax.recipes import _common as common
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Writes a model folder whose weights are the base's with the adapter added."""
+    """Writes a model folder whose weights are the base's with the adapter added, a reward model's too."""
 
     model: str
     """The base that the adapter was trained on."""
@@ -27,7 +28,23 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the job."""
+    if models.is_scorer(config.adapter):
+        _merge_scorer(config)
+    else:
+        _merge(config)
+    print(config.out)
+
+
+def _merge(config: Config) -> None:
     model = common.load_model(config.model, dtype=config.dtype)
     method, adapter = models.load_adapter(config.adapter, model, other_base=config.other_base)
     models.save_model(config.out, model, method.merge(model.params, adapter))
-    print(config.out)
+
+
+def _merge_scorer(config: Config) -> None:
+    model, method, params = common.load_scorer(
+        config.model, dtype=config.dtype, adapter=config.adapter, other_base=config.other_base
+    )
+    assert method is not None  # there is an adapter
+    merged = {**params, "body": method.merge(body(model.params), params["body"])}
+    models.save_scorer(config.out, model, None, merged)

@@ -1,0 +1,61 @@
+"""Train a reward model on pairs of a better and a worse completion, by Bradley-Terry."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from trainjax import data, losses, models
+from trainjax.models import Model
+from trainjax.recipes import _common as common
+from trainjax.recipes import _training as training
+from trainjax.scorers import init_scorer, scorer
+from trainjax.types import Loss, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(training.TrainConfig):
+    """Trains a head that scores completions, and the model below it; writes as `sft` does to --out."""
+
+    center_rewards_coefficient: float = 0.0
+    """Strength of the pull of a pair's two scores to a sum of zero."""
+    packing: common.PackingName = "none"
+    """One pair a row, or several."""
+    learning_rate: float = 1e-4
+    """Peak of the schedule: linear warm-up, then a cosine to zero."""
+
+
+def main(config: Config) -> None:
+    """Runs the job."""
+    bind = functools.partial
+    _loss_of(
+        config, lambda params, batch, key: None
+    )  # refuses a wrong number before anything is read
+    job = training.Job(
+        *(bind(_loss, config), bind(_first_params, config), bind(_save, config)),
+        encoder=bind(data.encode_groups, read=data.pair),
+        same=(*training.SAME, "center_rewards_coefficient"),
+        tells_tokens=False,
+    )
+    training.run_job(config, job)
+
+
+def _loss(config: Config, model: Model) -> Loss:
+    return _loss_of(config, scorer(model, config.method()))
+
+
+def _loss_of(config: Config, scores_fn: Any) -> Loss:
+    return losses.bradley_terry(scores_fn, config.center_rewards_coefficient)
+
+
+def _first_params(config: Config, model: Model) -> Params:
+    return init_scorer(jax.random.key(config.seed), model, config.method())
+
+
+def _save(config: Config, model: Model, params: Params) -> None:
+    folder = config.out / ("model" if config.full else "adapter")
+    if not (config.full and folder.exists()):  # it does where a finished run is resumed
+        models.save_scorer(folder, model, config.method(), params)
