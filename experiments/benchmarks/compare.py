@@ -33,9 +33,9 @@ LINES = [
     ("SFT, dense 4 x 256, plain torch", "plain", "float32", 4, 5, 8),
     ("generation, 8 x (64 + 64)", "generate", "float32", 1, 4, 5),
     ("generation, 8 x (64 + 64)", "generate", "bfloat16", 1, 3, 3),
-    ("DPO, 8 pairs, pairs/s", "dpo", "float32", 2, 3, 8),
-    ("DPO, 8 pairs, reference cached", "dpo-cached", "float32", 2, 3, 8),
-    ("DPO, 8 pairs, pairs/s", "dpo", "bfloat16", 2, 3, 6),
+    ("DPO, 8 pairs, pairs/s", "dpo", "float32", 2, 6, 9),
+    ("DPO, 8 pairs, reference cached", "dpo-cached", "float32", 2, 6, 9),
+    ("DPO, 8 pairs, pairs/s", "dpo", "bfloat16", 2, 6, 9),
 ]
 
 
@@ -58,8 +58,9 @@ def sides(
         common = ("--dtype", dtype, "--rows", pairs if mode.startswith("dpo") else rows)
         theirs, ours = [], []
         for _ in range(repeats):
-            settings = ("--mode", mode.removesuffix("-cached"), "--model", model)
-            theirs.append(measure("reference_side.py", *common, *settings, "--steps", steps_there))
+            mode_there = mode.removesuffix("-cached")
+            settings = ("--mode", mode_there, "--model", model, "--steps", steps_there)
+            theirs.append(measure("reference_side.py", *common, *settings))
             settings = ("--mode", mode, "--steps", steps_here, "--accumulate", accumulate)
             ours.append(measure("trainjax_side.py", *common, *settings))
         yield {"line": name, "dtype": dtype, "reference": theirs, "trainjax": ours}
@@ -96,7 +97,7 @@ def main() -> None:
         sys.exit("first: trainjax fetch smollm2-135m-instruct")
     args.out.mkdir(parents=True, exist_ok=True)
     rows, pairs = args.out / "rows.jsonl", args.out / "pairs.jsonl"
-    for path, made in ((rows, benchmark_rows()), (pairs, preference_rows())):
+    for path, made in ((rows, benchmark_rows()), (pairs, preference_rows(count=256))):
         path.write_text("".join(json.dumps(row) + "\n" for row in made))
     print(
         "| what | dtype | reference, tokens/s | trainjax | ratio | reference, GB | trainjax | ratio |"

@@ -21,7 +21,8 @@ the frozen weights as bf16 too (PEFT keeps the adapter in fp32).
 Peak memory is `ru_maxrss` of the whole process, so measure one thing in a process. Medians leave
 out the first step. One busy neighbour made steps up to 8 times slower (OpenMP's threads wait for
 the one that lost its core), so there are also medians over the quiet steps, those in which other
-processes used less than 0.2 cores.
+processes used less than 0.2 cores. Pairs a second are all pairs over all seconds: the padding of a
+batch of pairs is its longest one's, and steps differ by a factor of 6.
 """
 
 import argparse
@@ -261,6 +262,13 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def rate(mode: str, timed: list[tuple[int, float, float]]) -> float:
+    """Tokens a second: the median of the steps, or of pairs, whose lengths differ most, over all steps."""
+    if mode == "dpo":
+        return sum(count for count, _, _ in timed) / sum(seconds for _, seconds, _ in timed)
+    return median(count / second for count, second, _ in timed)
+
+
 def main() -> None:
     """Measures one mode and prints its line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -284,14 +292,15 @@ def main() -> None:
         result = MODES[args.mode](Job(model, tokenizer, read_rows(args.rows), args, clock))
 
     tokens, steps = result.pop("tokens"), clock.figures()
-    timed = list(zip(tokens, steps["seconds"], steps["cores_used_by_others"], strict=True))[1:]
+    timed = list(zip(tokens, steps["seconds"], steps["cores_used_by_others"], strict=True))
+    timed = timed if args.mode == "dpo" else timed[1:]
     quiet = [step for step in timed if step[2] < 0.2]
     figures = {
         "mode": args.mode,
         "dtype": args.dtype,
         "steps": args.steps,
         "seconds_per_step": median(second for _, second, _ in timed),
-        "tokens_per_second": median(count / second for count, second, _ in timed),
+        "tokens_per_second": rate(args.mode, timed),
         "quiet_steps": len(quiet),
         "quiet_seconds_per_step": median(second for _, second, _ in quiet) if quiet else None,
         "quiet_tokens_per_second": median(n / second for n, second, _ in quiet) if quiet else None,

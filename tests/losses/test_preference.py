@@ -417,7 +417,7 @@ def test_any_mesh_gives_the_same_loss_and_gradients(plain, mesh):
     loss = tj.losses.dpo(tj.policy(model, method), tj.reference(model), beta=0.05)
     found = helpers.loss_and_gradients(loss, adapter, batch)
     np.testing.assert_allclose(found[0], plain[0], rtol=0, atol=1e-5)
-    helpers.assert_close(found[1], plain[1], 1e-5)
+    helpers.assert_close(found[1], plain[1], 2e-5)  # sums in another order, without vectors
 
 
 def test_a_fresh_adapter_is_the_reference():
