@@ -252,9 +252,16 @@ class TestScore:
             ([{"chosen": "x", "prompt": "a"}], "row 0: the column 'rejected' is missing"),
             ([{"question": "a"}], "row 0: the columns are question; accepted are: messages; "),
             ([{"prompt": "a", "completion": ""}], "row 0: a completion is empty: ''"),
+            (
+                [
+                    {"messages": [{"role": role, "content": "a"} for role in roles]}
+                    for roles in (["user", "assistant"], ["user"])
+                ],
+                "row 1: it has no completion to score",
+            ),
             ([{"prompt": "a" * 2000, "completion": "b"}], "tokens are more than max_length=1024"),
         ],
-        ids=["half a pair", "columns", "empty", "long"],
+        ids=["half a pair", "columns", "empty", "no answer", "long"],
     )
     def test_rows_that_cannot_be_scored_are_one_clear_sentence(
         self, rewarded, score, tmp_path, said, rows, sentence

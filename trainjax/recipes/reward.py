@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 
@@ -13,7 +12,7 @@ from trainjax.models import Model
 from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
 from trainjax.scorers import init_scorer, scorer
-from trainjax.types import Loss, Params
+from trainjax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,25 +29,18 @@ class Config(training.TrainConfig):
 
 def main(config: Config) -> None:
     """Runs the job."""
-    bind = functools.partial
-    _loss_of(
-        config, lambda params, batch, key: None
-    )  # refuses a wrong number before anything is read
+    coefficient = config.center_rewards_coefficient
+    loss_of = functools.partial(losses.bradley_terry, center_rewards_coefficient=coefficient)
+    loss_of(lambda params, batch, key: None)  # refuses a wrong number before anything is read
     job = training.Job(
-        *(bind(_loss, config), bind(_first_params, config), bind(_save, config)),
-        encoder=bind(data.encode_groups, read=data.pair),
+        loss_of=lambda model: loss_of(scorer(model, config.method())),
+        first_params=functools.partial(_first_params, config),
+        save=functools.partial(_save, config),
+        encoder=functools.partial(data.encode_groups, read=data.pair),
         same=(*training.SAME, "center_rewards_coefficient"),
         tells_tokens=False,
     )
     training.run_job(config, job)
-
-
-def _loss(config: Config, model: Model) -> Loss:
-    return _loss_of(config, scorer(model, config.method()))
-
-
-def _loss_of(config: Config, scores_fn: Any) -> Loss:
-    return losses.bradley_terry(scores_fn, config.center_rewards_coefficient)
 
 
 def _first_params(config: Config, model: Model) -> Params:

@@ -53,6 +53,7 @@ def main(config: Config) -> None:
     """Runs the job."""
     if config.out.exists():
         raise ValueError(f"{config.out} exists already; give the name of a new file")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     rows, mesh = data.read(config.data), config.mesh.mesh()
     read = data.pair if {"chosen", "rejected"} & set(rows[0]) else data.single
     model, method, params = common.load_scorer(
@@ -70,7 +71,7 @@ def main(config: Config) -> None:
     _check_finite(scores, examples.rows, str(config.adapter or config.model))
     with folder.replaced(config.out) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in _with_scores(rows, examples.rows, scores, COLUMNS[read]):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     say(f"{len(examples)} rows with scores are in {config.out}")
     if read is data.pair and scores.ndim == 2:  # of several objectives none is the better alone
         _print_report(evals.comparisons(scores[:, 0], scores[:, 1]), len(examples))
@@ -80,7 +81,7 @@ def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -
     if model.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
     try:
-        return data.encode_groups(
+        examples = data.encode_groups(
             rows,
             model.tokenizer,
             config.max_length,
@@ -91,6 +92,9 @@ def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -
         )
     except ValueError as error:
         raise ValueError(f"{config.data}: {error}") from error
+    if missing := sorted(set(range(len(rows))) - set(examples.rows.tolist())):
+        raise ValueError(f"{config.data}: row {missing[0]}: it has no completion to score")
+    return examples
 
 
 def _check_finite(scores: np.ndarray, numbers: np.ndarray, model: str) -> None:
