@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from trainjax.losses import at, on, scheduled, uncertainty, with_log_variances
+from trainjax.losses import at, ensemble, on, scheduled, uncertainty, with_log_variances
 from trainjax.losses.combine import share
 from trainjax.train import Checkpoints, init, make_step
 from trainjax.types import Loss
@@ -58,6 +58,40 @@ def test_a_part_that_is_not_there_is_one_clear_sentence():
         at("polcy", LINE)({"policy": W}, {})
     with pytest.raises(ValueError, match=r"no part 'policy', but \[\]"):
         at("policy", LINE)(W["w"], {})
+
+
+# --- ensembles -----------------------------------------------------------------------------------
+
+
+def noisy(inputs, params, batch, key):
+    value = jnp.sum(batch["weights"] * (batch["y"] - params["w"]) ** 2)
+    noise = 0.0 if key is None else jax.random.normal(key)
+    return value, {"value": value, "noise": jnp.asarray(noise, jnp.float32)}
+
+
+def test_a_member_has_the_gradient_of_its_own_loss_and_metrics_are_means():
+    params, batch = {"w": jnp.asarray([0.5, -1.0, 4.0])}, draws(1.0, 2)
+    loss = Loss(noisy)
+    (value, metrics), slope = jax.value_and_grad(ensemble(loss), has_aux=True)(params, batch)
+    alone = [jax.value_and_grad(loss, has_aux=True)({"w": w}, batch) for w in params["w"]]
+    np.testing.assert_allclose(value, sum(v for (v, _), _ in alone), rtol=1e-6)
+    np.testing.assert_allclose(metrics["value"], np.mean([v for (v, _), _ in alone]), rtol=1e-6)
+    np.testing.assert_allclose(slope["w"], [own["w"] for _, own in alone], rtol=1e-6)
+
+
+def test_members_draw_apart():
+    params = {"w": jnp.zeros(2)}
+    noises = ensemble(Loss(lambda i, p, b, key: (jax.random.normal(key), {})))
+    drawn = float(noises(params, {}, jax.random.key(0))[0])
+    first, second = (float(jax.random.normal(k)) for k in jax.random.split(jax.random.key(0)))
+    assert first != second
+    np.testing.assert_allclose(drawn, first + second, rtol=1e-6)
+
+
+@pytest.mark.parametrize("params", [{"a": jnp.ones(2), "b": jnp.ones((3, 2))}, jnp.float32(1.0)])
+def test_params_without_one_axis_of_members_are_refused(params):
+    with pytest.raises(ValueError, match="leading axes of an ensemble's params are its members"):
+        ensemble(LINE)(params, {})
 
 
 # --- schedules ---------------------------------------------------------------------------------
