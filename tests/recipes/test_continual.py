@@ -108,6 +108,12 @@ def test_records_say_their_stage_and_count_their_steps_through(finished):
     assert min(penalties[3], penalties[5]) > 0
 
 
+def test_settings_written_by_a_run_are_read_back(finished):
+    found = cli.parse(recipe.Config, ["--config", str(finished / "config.yaml")], prog="continual")
+    assert [Path(source).stem for source in found.tasks] == list(TASKS)
+    assert (found.method.samples, found.exact_match, found.out) == (4, 2, finished)
+
+
 def test_learning_a_task_lowers_its_held_out_loss(finished):
     found = result(finished)
     loss, before = np.asarray(found["scores"]["loss"]), np.asarray(found["untrained"]["loss"])
