@@ -149,7 +149,19 @@ def _with_fixed_layout(step: Step) -> Step:
     Left to itself the compiler may choose another layout for some output, and the second call would
     then be a second program.
     """
-    programs: dict[Any, Callable[..., Any]] = {}
+    programs: dict[Any, Any] = {}
+
+    def program(restore: sharing.Restore, layout: Any) -> Any:
+        @functools.wraps(step)
+        def of_arrays(state: TrainState, arrays: list[Any], batch: Batch) -> Any:
+            return step(state, restore(arrays), batch)
+
+        return jax.jit(
+            of_arrays,
+            donate_argnums=0,
+            out_shardings=(layout, None),
+            compiler_options=platform.compiler_options(),
+        )
 
     def run(state: TrainState, loss: Losses, batch: Batch) -> tuple[TrainState, Metrics]:
         layout = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -157,15 +169,9 @@ def _with_fixed_layout(step: Step) -> Step:
         arrays, restore = sharing.distinct(loss)
         key = structure, tuple(places), tuple(x.shape for x in jax.tree.leaves(batch)), restore
         if key not in programs:
-            program = jax.jit(
-                lambda state, arrays, batch: step(state, restore(arrays), batch),
-                donate_argnums=0,
-                out_shardings=(layout, None),
-                compiler_options=platform.compiler_options(),
-            )
-            program.lower(state, arrays, batch).compile()  # the call finds it compiled
+            programs[key] = program(restore, layout)
+            programs[key].lower(state, arrays, batch).compile()  # the call finds it compiled
             _return_freed_memory()
-            programs[key] = program
         return programs[key](state, arrays, batch)
 
     return run
