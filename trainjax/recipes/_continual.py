@@ -14,89 +14,21 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from trainjax import data, evals, losses, models, optim, platform, train, tree
+from trainjax import data, evals, losses, models, platform, train, tree
 from trainjax.continual import Method
 from trainjax.data.sources import Row
 from trainjax.models import Model
 from trainjax.policies import Policy
 from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
-from trainjax.recipes._common import MeshConfig, PeftConfig
 from trainjax.recipes._forgetting import ACCURACY, EXACT, LOSS, Scores
 from trainjax.train.metrics import Record, Sink
-from trainjax.types import Batch, Loss, Params, Peft
+from trainjax.types import Batch, Loss, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The settings that learning task after task has in common with all training."""
-
-    model: str
-    """A hub id, a folder, a .gguf file, or a name that `trainjax fetch` knows."""
-    out: Path
-    """Folder of the run."""
-    steps: int | None = None
-    """Optimizer steps a task; one pass over its rows if not given."""
-    batch_size: int = 8
-    """Rows of a batch, over all devices and micro-batches; a packed row holds several examples."""
-    max_length: int = 512
-    """Tokens of a row; longer examples are handled by --too-long."""
-    learning_rate: float = 2e-4
-    """Peak of each task's schedule: linear warm-up, then a cosine to zero."""
-    warmup: float = 0.03
-    """Warm-up in steps, or below 1 a fraction of a task's steps."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
-    clip: float = 1.0
-    """Largest global norm of the gradients."""
-    accumulate: int = 1
-    """Micro-batches that a batch is cut into: less memory, the same result."""
-    peft: PeftConfig = PeftConfig()
-    full: bool = False
-    """Train every weight instead of an adapter."""
-    dtype: common.DtypeName | None = None
-    """Of frozen weights and arithmetic; by default as stored, and what the platform is fast at."""
-    packing: common.PackingName = "best-fit"
-    """Several examples a row, or one."""
-    too_long: common.TooLongName = "truncate"
-    """What happens to an example longer than --max-length."""
-    template: bool = True
-    """Put plain prompts and completions into the chat template."""
-    remat: common.RematName = "projections"
-    """What the backward pass keeps, from least memory (full) to most (none)."""
-    seed: int = 0
-    """Of the adapters' starts, the order of the data, and what a method draws."""
-    resume: bool = False
-    """Continue the run in --out after the last task that it has finished."""
-    mesh: MeshConfig = MeshConfig()
-    tensorboard: bool = False
-    """Write scalars for TensorBoard to OUT/tensorboard."""
-    wandb: str | None = None
-    """Project to log to, if Weights & Biases is installed."""
-
-    def adapter(self) -> Peft | None:
-        """The adapter's functions; None where every weight trains."""
-        return None if self.full else self.peft.method()
-
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """That of a stage."""
-        schedule = optim.warmup_cosine(self.learning_rate, steps, self.warmup)
-        adamw = optax.adamw(schedule, weight_decay=self.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(self.clip), adamw)
-
-    def plan(self) -> data.Plan:
-        """How examples become batches."""
-        pack = common.PACKING[self.packing]
-        return data.Plan(self.batch_size, self.max_length, pack, self.seed)
-
-    def load(self) -> Model:
-        """The model, over all devices."""
-        model = common.load_model(
-            self.model, dtype=self.dtype, mesh=self.mesh.mesh(), remat=self.remat
-        )
-        if model.tokenizer is None:
-            raise ValueError(f"{self.model} has no tokenizer")
-        return model
+class Settings(training.StepConfig):
+    """The settings of training on task after task."""
 
     def untrained(self, model: Model, number: int) -> Params:
         """The params before any training; adapters of other stages start elsewhere."""
@@ -209,7 +141,7 @@ def stages(settings: Settings, method: Method, model: Model, tasks: Sequence[Tas
     for name, numbers in zip(names, chosen, strict=True):
         rows = [every[int(i)] for i in numbers]
         examples = settings.encode(rows, model)
-        steps = len(settings.plan().epoch(examples, 0))
+        steps = len(settings.plan(settings.max_length).epoch(examples, 0))
         if settings.steps is not None:
             steps = settings.steps * len(tasks) // len(chosen)
         found.append(Stage(name, rows, examples, steps))
@@ -224,10 +156,7 @@ def encoded(settings: Settings, model: Model, tasks: Sequence[Task]) -> list[dat
     Raises:
         ValueError: rows that cannot be read, with the name of their file.
     """
-    names = {field.name for field in dataclasses.fields(training.TrainConfig)}
-    alike = {n: v for n, v in vars(settings).items() if n in names}
-    config = training.TrainConfig(data="", **alike)
-    return [training.encode(config, t.source, t.rows, model, data.encode) for t in tasks]
+    return [training.encode(settings, t.source, t.rows, model, data.encode) for t in tasks]
 
 
 def single_examples(

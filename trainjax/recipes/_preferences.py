@@ -54,7 +54,7 @@ def run(config: PreferenceConfig, loss_of: LossOf, read: Callable[..., data.Grou
     def loss(model: Model) -> Loss:
         cached = config.cache_reference
         theirs = policies.CachedReference() if cached else policies.reference(base(model))
-        return loss_of(policies.policy(model, config.method()), theirs)
+        return loss_of(policies.policy(model, config.adapter()), theirs)
 
     def prepare(model: Model, name: str, examples: data.Examples) -> data.Examples:
         return _cached(config, base(model), name, examples) if config.cache_reference else examples

@@ -24,19 +24,15 @@ from trainjax.types import Loss, Params, Peft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The settings that all training has in common."""
+class StepConfig:
+    """The settings of steps: what they train, on which rows, how."""
 
     model: str
     """A hub id, a folder, a .gguf file, or a name that `trainjax fetch` knows."""
-    data: str
-    """Rows: a .jsonl, .json, .csv or .parquet file, hf:NAME[:SPLIT] or tfds:NAME[:SPLIT]."""
     out: Path
     """Folder of the run."""
-    eval_data: str | None = None
-    """Held-out rows; their loss is reported."""
     steps: int | None = None
-    """Optimizer steps; one pass over the data if not given."""
+    """Optimizer steps, of each task where there are several; one pass over its rows if not given."""
     batch_size: int = 8
     """Rows of a batch, over all devices and micro-batches; a packed row holds several examples."""
     max_length: int = 512
@@ -44,7 +40,7 @@ class TrainConfig:
     learning_rate: float = 2e-4
     """Peak of the schedule: linear warm-up, then a cosine to zero."""
     warmup: float = 0.03
-    """Warm-up in steps, or below 1 a fraction of the run."""
+    """Warm-up in steps, or below 1 a fraction of them."""
     weight_decay: float = 0.0
     """Of AdamW."""
     clip: float = 1.0
@@ -65,13 +61,7 @@ class TrainConfig:
     remat: common.RematName = "projections"
     """What the backward pass keeps, from least memory (full) to most (none)."""
     seed: int = 0
-    """Of the adapter's start, the order of the data and dropout."""
-    save_every: int = 0
-    """Steps between checkpoints; one at the end in any case."""
-    keep: int = 3
-    """Checkpoints kept."""
-    eval_every: int = 0
-    """Steps between evaluations; one at the end in any case."""
+    """Of the adapter's start, the order of the data, dropout, and what else is drawn."""
     resume: bool = False
     """Continue the run in --out from its newest sound checkpoint."""
     mesh: MeshConfig = MeshConfig()
@@ -80,9 +70,53 @@ class TrainConfig:
     wandb: str | None = None
     """Project to log to, if Weights & Biases is installed."""
 
-    def method(self) -> Peft | None:
+    def adapter(self) -> Peft | None:
         """The adapter's functions; None where every weight trains."""
         return None if self.full else self.peft.method()
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        """The learning rate at each of so many steps."""
+        return optim.warmup_cosine(self.learning_rate, steps, self.warmup)
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Of so many steps."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.adamw(self.schedule(steps), weight_decay=self.weight_decay),
+        )
+
+    def plan(self, length: int) -> data.Plan:
+        """How examples become batches of rows of this length."""
+        return data.Plan(self.batch_size, length, common.PACKING[self.packing], self.seed)
+
+    def load(self) -> Model:
+        """The model, over all devices.
+
+        Raises:
+            ValueError: it has no tokenizer.
+        """
+        model = common.load_model(
+            self.model, dtype=self.dtype, mesh=self.mesh.mesh(), remat=self.remat
+        )
+        if model.tokenizer is None:
+            raise ValueError(f"{self.model} has no tokenizer")
+        return model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(StepConfig):
+    """The settings of a run on one dataset."""
+
+    data: str
+    """Rows: a .jsonl, .json, .csv or .parquet file, hf:NAME[:SPLIT] or tfds:NAME[:SPLIT]."""
+    eval_data: str | None = None
+    """Held-out rows; their loss is reported."""
+    save_every: int = 0
+    """Steps between checkpoints; one at the end in any case."""
+    keep: int = 3
+    """Checkpoints kept."""
+    eval_every: int = 0
+    """Steps between evaluations; one at the end in any case."""
 
 
 Encoder = Callable[..., data.Examples]
@@ -142,10 +176,8 @@ def run_job(config: TrainConfig, job: Job) -> None:
     claim_folder(config.out, resume=config.resume)
     rows = data.read(config.data)  # before the model: a mistyped name should not cost a minute
     eval_rows = data.read(config.eval_data) if config.eval_data else None
-    mesh = config.mesh.mesh()
-    model = common.load_model(config.model, dtype=config.dtype, mesh=mesh, remat=config.remat)
-    if model.tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer")
+    model = config.load()
+    mesh = model.module.mesh
     if config.batch_size < 1:
         raise ValueError(f"batch_size={config.batch_size}: a batch has at least one row")
 
@@ -156,16 +188,12 @@ def run_job(config: TrainConfig, job: Job) -> None:
         held_out = encode(config, config.eval_data, eval_rows, model, job.encoder)
         held_out = job.prepare(model, config.eval_data, held_out)
     length = max(data.row_length(e, config.max_length) for e in (examples, held_out) if e)
-    plan = data.Plan(config.batch_size, length, common.PACKING[config.packing], config.seed)
+    plan = config.plan(length)
     loader = data.Loader(examples, plan, mesh)
     steps = len(plan.epoch(examples, 0)) if config.steps is None else config.steps
     if steps < 1:
         raise ValueError(f"steps={steps}: a run has at least one")
-    schedule = optim.warmup_cosine(config.learning_rate, steps, config.warmup)
-    tx = optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(schedule, weight_decay=config.weight_decay),
-    )
+    tx, schedule = config.optimizer(steps), config.schedule(steps)
     loss = job.loss_of(model)
     state = train.init(job.first_params(model), tx, config.seed)
     if config.full:
@@ -206,14 +234,14 @@ def run_job(config: TrainConfig, job: Job) -> None:
 
 
 def _first_params(config: TrainConfig, model: Model) -> Params:
-    method = config.method()
+    method = config.adapter()
     if method is None:
         return tree.cast(model.params, jnp.float32)
     return method.init(jax.random.key(config.seed), model.params)
 
 
 def _save(config: TrainConfig, model: Model, params: Params) -> None:
-    method = config.method()
+    method = config.adapter()
     if method is not None:
         models.save_adapter(config.out / "adapter", model, method, params)
     elif not (config.out / "model").exists():  # it does where a finished run is resumed
@@ -286,7 +314,7 @@ def sinks(
 
 
 def encode(
-    config: TrainConfig,
+    config: StepConfig,
     name: str,
     rows: data.Source,
     model: Model,

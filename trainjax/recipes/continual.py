@@ -150,7 +150,9 @@ def _prepared(
         model,
         parts.stages(config, method, model, tasks),
         policy(model, config.adapter()),
-        parts.Evaluation(model, config.plan(), measured, asked, config.max_new_tokens),
+        parts.Evaluation(
+            model, config.plan(config.max_length), measured, asked, config.max_new_tokens
+        ),
         functools.cache(config.optimizer),  # equal stages are one program
         functools.cache(functools.partial(train.make_step, accumulate=config.accumulate)),
     )
@@ -165,7 +167,7 @@ def _learned(run: _Run, kept: parts.Kept, number: int) -> parts.Kept:
     tx = method.optimizer(run.optimizer(stage.steps), kept.memory, seed)
     start = method.start(kept.params, lambda: config.untrained(run.model, number))
     state, step = train.init(start, tx, seed), run.make_step(tx)
-    loader = data.Loader(stage.examples, config.plan(), run.model.module.mesh)
+    loader = data.Loader(stage.examples, config.plan(config.max_length), run.model.module.mesh)
     with parts.sinks(config, run.stages, number) as to:
         state = train.fit(state, step, loss, loader, steps=stage.steps, sinks=to)
     batches = functools.partial(parts.single_examples, config, run.model, run.stages, number)

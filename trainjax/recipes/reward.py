@@ -33,7 +33,7 @@ def main(config: Config) -> None:
     loss_of = functools.partial(losses.bradley_terry, center_rewards_coefficient=coefficient)
     loss_of(lambda params, batch, key: None)  # refuses a wrong number before anything is read
     job = training.Job(
-        loss_of=lambda model: loss_of(scorer(model, config.method())),
+        loss_of=lambda model: loss_of(scorer(model, config.adapter())),
         first_params=functools.partial(_first_params, config),
         save=functools.partial(_save, config),
         encoder=functools.partial(data.encode_groups, read=data.pair),
@@ -44,10 +44,10 @@ def main(config: Config) -> None:
 
 
 def _first_params(config: Config, model: Model) -> Params:
-    return init_scorer(jax.random.key(config.seed), model, config.method())
+    return init_scorer(jax.random.key(config.seed), model, config.adapter())
 
 
 def _save(config: Config, model: Model, params: Params) -> None:
     folder = config.out / ("model" if config.full else "adapter")
     if not (config.full and folder.exists()):  # it does where a finished run is resumed
-        models.save_scorer(folder, model, config.method(), params)
+        models.save_scorer(folder, model, config.adapter(), params)

@@ -16,4 +16,4 @@ class Config(training.TrainConfig):
 
 def main(config: Config) -> None:
     """Runs the job."""
-    training.run(config, lambda model: losses.sft(policy(model, config.method())))
+    training.run(config, lambda model: losses.sft(policy(model, config.adapter())))
