@@ -27,7 +27,7 @@ import optax
 import trainjax as tj
 from trainjax import data, losses, policies, rollout
 from trainjax.losses import policy_gradient, preference
-from trainjax.recipes.dpo import LOSSES, WITHOUT_REFERENCE
+from trainjax.losses.preference import LOSSES, WITHOUT_REFERENCE
 from trainjax.types import Batch, Loss, Params
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data"

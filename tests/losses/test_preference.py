@@ -259,6 +259,28 @@ def test_rrhf_is_the_ranking_of_the_means_and_the_likelihood_of_the_better():
     np.testing.assert_allclose(preference.rrhf(pairs), expected, rtol=1e-6)
 
 
+# --- by name -------------------------------------------------------------------------------------
+
+
+def test_every_loss_that_needs_only_pairs_has_its_name():
+    names = (
+        "sigmoid robust hinge ipo exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down discopop "
+    )
+    names += "sigmoid_norm aot aot_unpaired simpo orpo cpo rrhf"
+    assert list(preference.LOSSES) == names.split()
+    assert all(preference.LOSSES[name] is getattr(preference, name) for name in preference.LOSSES)
+
+
+@pytest.mark.parametrize("name", preference.LOSSES)
+def test_a_loss_goes_with_a_reference_if_and_only_if_it_reads_one(name):
+    loss = preference.LOSSES[name]
+    pairs = Pairs(*(jnp.full(2, -1.5 - i) for i in range(len(Pairs._fields))))
+    pairs = pairs._replace(weights=jnp.full(2, 0.5))
+    slope = jax.grad(lambda pairs: loss(pairs).sum())(pairs)
+    reads = bool(slope.ref_chosen.any() | slope.ref_rejected.any())
+    assert reads == (loss not in preference.WITHOUT_REFERENCE)
+
+
 # --- numerics -----------------------------------------------------------------------------------
 
 EXTREMES = [-1e4, -300.0, -90.0, -1.0, 0.0, 1.0, 90.0, 300.0, 1e4]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -317,6 +317,24 @@ def rrhf(pairs: Pairs, alpha: float | Array = 1.0) -> Scores:
     """
     w, lost = pairs.chosen_mean, pairs.rejected_mean
     return jax.nn.relu(lost - w) - alpha * w
+
+
+# --- by name ------------------------------------------------------------------------------------
+
+
+def _needs_only_pairs(f: Any) -> bool:
+    if not inspect.isfunction(f) or f.__module__ != __name__ or f.__name__.startswith("_"):
+        return False
+    first, *others = inspect.signature(f).parameters.values()
+    return first.name == "pairs" and all(other.default is not other.empty for other in others)
+
+
+LOSSES: Mapping[str, PairLoss] = {
+    name: f for name, f in list(globals().items()) if _needs_only_pairs(f)
+}
+"""Every loss above that needs no more than pairs, by the name of its function."""
+WITHOUT_REFERENCE = frozenset(LOSSES[name] for name in ("simpo", "orpo", "cpo", "rrhf"))
+"""Those of them that read no reference."""
 
 
 # --- divergences: what takes the place of the log-ratio -------------------------------------------

@@ -24,12 +24,9 @@ from trainjax.recipes._forgetting import Report
 from trainjax.train.step import Step
 
 METHODS: Mapping[str, Callable[..., Method]] = {
-    method.__name__: method
-    for method in (
-        *(continual.sequential, continual.ewc, continual.online_ewc, continual.l2_sp),
-        *(continual.si, continual.mas, continual.lwf, continual.replay, continual.hft),
-        *(continual.reg_lora, continual.o_lora, continual.joint),
-    )
+    name: function
+    for name, function in inspect.getmembers(continual, inspect.isfunction)
+    if inspect.signature(function).return_annotation in (Method, Method.__name__)
 }
 MethodName = str if TYPE_CHECKING else Literal[tuple(METHODS)]  # the choices that --help shows
 

@@ -14,17 +14,9 @@ from trainjax.losses import preference
 from trainjax.recipes import _preferences as preferences
 from trainjax.types import Loss
 
-WITHOUT_REFERENCE = (preference.simpo, preference.orpo, preference.cpo, preference.rrhf)
-WITH_REFERENCE = (
-    *(preference.sigmoid, preference.robust, preference.hinge, preference.ipo),
-    *(preference.exo_pair, preference.nca_pair, preference.bco_pair, preference.sppo_hard),
-    *(preference.apo_zero, preference.apo_down, preference.discopop, preference.sigmoid_norm),
-    *(preference.aot, preference.aot_unpaired),
-)
-LOSSES: Mapping[str, preference.PairLoss] = {
-    loss.__name__: loss for loss in (*WITH_REFERENCE, *WITHOUT_REFERENCE)
-}
-LossName = str if TYPE_CHECKING else Literal[tuple(LOSSES)]  # the choices that --help shows
+LossName = (
+    str if TYPE_CHECKING else Literal[tuple(preference.LOSSES)]
+)  # the choices that --help shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +76,7 @@ def _terms(config: LossConfig) -> list[_Term]:
         )
     if len(set(config.name)) < len(config.name):
         raise ValueError(f"--loss.name {' '.join(config.name)}: each loss once, with its weight")
-    known = {name: list(inspect.signature(LOSSES[name]).parameters)[1:] for name in config.name}
+    known = {name: _coefficients(preference.LOSSES[name]) for name in config.name}
     names = ("beta", "label_smoothing", "gamma")
     given = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
     for coefficient in given:
@@ -97,12 +89,16 @@ def _terms(config: LossConfig) -> list[_Term]:
     ]
 
 
+def _coefficients(loss: preference.PairLoss) -> list[str]:
+    return list(inspect.signature(loss).parameters)[1:]
+
+
 def _loss(config: LossConfig, terms: Sequence[_Term], ours: Any, theirs: Any) -> Loss:
     def of(term: _Term) -> Loss:
-        chosen = LOSSES[term.name]
+        chosen = preference.LOSSES[term.name]
         loss = losses.pairwise(
             ours,
-            None if chosen in WITHOUT_REFERENCE else theirs,
+            None if chosen in preference.WITHOUT_REFERENCE else theirs,
             chosen,
             ld_alpha=config.ld_alpha,
             wpo=config.wpo,
