@@ -251,7 +251,7 @@ def test_another_run_is_not_resumed(run, finished, tasks, tmp_path, capsys, chan
             "tasks=['letters']: forgetting is of a task that another comes after",
         ),
         ({"names": ("letters", "letters")}, "two tasks are called 'letters'; tell them apart with"),
-        ({"method__name": "ewk"}, "--method.name is one of sequential, ewc, online_ewc"),
+        ({"method__name": "ewk"}, "--method.name is one of ewc, hft, joint"),
         ({"method__strength": 0}, "strength=0.0 protects nothing; give a number above 0"),
         ({"method__strength": -2}, "strength=-2.0 protects nothing; give a number above 0"),
         (
