@@ -122,7 +122,7 @@ def test_any_split_over_devices_is_one_device(full, split):
     assert_same(found, expected(full))
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_are_those_of_the_closed_form():
     rng = np.random.default_rng(0)
     hidden, kernel = rng.standard_normal((2, 5, 3)), rng.standard_normal((3, 2))
     completions = jnp.asarray([[0, 1, 1, 2, 0], [2, 0, 0, 1, 0]], jnp.int32)

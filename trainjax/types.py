@@ -51,6 +51,7 @@ and where several completions of a prompt are compared, in groups of `size` (two
 |               |                          | completions that share their prompt's tokens; 0 for none     |
 | `labels`      | `[batch, groups]`        | float32: 1 for a desirable completion, 0 for another         |
 | `scores`      | `[batch, groups, size]`  | float32 score of each completion                             |
+| `margins`     | `[batch, groups]`        | float32: by how much the chosen one is the better            |
 | `reference_logprobs` | `[batch, seq]`    | float32 of tokens under the reference, computed beforehand   |
 """
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
@@ -63,55 +62,54 @@ class FullReference:
         return jax.lax.stop_gradient(self.policy(None, batch, where=where))
 
 
-def measure(parts: list[str], rows: Path, steps: int) -> dict[str, Any]:
-    """Seconds and pairs of each step after the first, with these parts."""
+def measure(parts: list[str], rows: Path, count: int) -> dict[str, Any]:
+    """All pairs over all seconds of an epoch, after a first one in which the programs are compiled."""
     model = tj.load("smollm2-135m-instruct", remat=remat.projections)
     method = tj.peft.lora(rank=16, alpha=32)
     ours, reference = tj.policy(model, method), tj.reference(model)
     if "chunked" not in parts:
         ours, reference = FullLogits(ours), FullReference(FullLogits(reference.policy))
     examples = data.encode_groups(
-        data.read(rows), model.tokenizer, 512, share_prompt="shared prompt" in parts
+        data.read(rows)[:count], model.tokenizer, 512, share_prompt="shared prompt" in parts
     )
     if "cached" in parts:
         examples = data.with_reference(examples, policies.reference_logprobs(reference))
         reference = policies.CachedReference()
     packed = "packed" in parts
     pack, batch_size = (data.best_fit, 2) if packed else (data.unpacked, 8)
-    loader = data.Loader(examples, data.Plan(batch_size, data.row_length(examples, 512), pack))
+    plan = data.Plan(batch_size, data.row_length(examples, 512), pack)
+    steps = len(plan.epoch(examples, 0))
+    loader = data.Loader(examples, plan)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(5e-5, weight_decay=0.0))
     state = tj.train.init(method.init(jax.random.key(0), model.params), tx)
     step = tj.train.make_step(tx, accumulate=2)
     loss = losses.dpo(ours, reference)
-    rates, seen = [], set()
-    for _ in range(steps):
-        batch = next(loader)
+    for _ in range(2):
         start = time.perf_counter()
-        state, metrics = step(state, loss, batch)
+        for _ in range(steps):
+            state, metrics = step(state, loss, next(loader))
         jax.block_until_ready(metrics)
-        if batch["tokens"].shape in seen:  # the first of a shape compiles
-            rates.append(float((batch["groups"] > 0).sum()) / (time.perf_counter() - start))
-        seen.add(batch["tokens"].shape)
+        seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"pairs_per_second": median(rates), "steps": len(rates), "peak_memory_bytes": peak}
+    return {"pairs_per_second": len(examples) / seconds, "peak_memory_bytes": peak}
 
 
 def main() -> None:
     """Measures every line in a process of its own; with `--part` one line, here."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=Path, required=True, help="pairs.jsonl of compare.py")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--count", type=int, default=64, help="pairs")
     parser.add_argument("--part", choices=PARTS)
     args = parser.parse_args()
     if args.part:
         parts = list(PARTS[: PARTS.index(args.part) + 1])
-        print(json.dumps(measure(parts, args.rows, args.steps)))
+        print(json.dumps(measure(parts, args.rows, args.count)))
         return
     print("| with | pairs/s | peak, GB |\n|---|---|---|")
     for part in PARTS:
         command = [sys.executable, __file__, "--rows", args.rows, "--part", part]
         done = subprocess.run(
-            [*command, "--steps", str(args.steps)], capture_output=True, text=True
+            [*command, "--count", str(args.count)], capture_output=True, text=True
         )
         if done.returncode:
             sys.exit(done.stderr)

@@ -264,7 +264,7 @@ def test_reg_lora_protects_the_key_entries_of_every_earlier_task():
     assert value(method.penalty(memory, policy, 2), params) == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", [continual.o_lora, continual.reg_lora], ids=str)
+@pytest.mark.parametrize("method", [continual.o_lora, continual.reg_lora], ids=lambda m: m.__name__)
 def test_whole_matrices_are_refused_where_adapters_are_needed(method):
     with pytest.raises(ValueError, match="is of low-rank adapters, and 'embed.* trains as a whole"):
         method().init(helpers.tiny().params, TASKS)
