@@ -1,9 +1,18 @@
-"""Strict by default: four devices, run-time shape types, no silent promotion, warnings are errors."""
+"""Strict by default: four devices, run-time shape types, no silent promotion, warnings are errors.
+
+Programs compile sooner and run slower than a user's: most tests run each of theirs once or twice. A module
+that runs a real model asks for the fixture `optimised`, and XLA_FLAGS given from outside come last, so
+`XLA_FLAGS=--xla_cpu_use_fusion_emitters=true pytest` compiles loops as a user's process does.
+"""
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ.get(
-    "XLA_FLAGS", ""
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=4",
+        "--xla_cpu_use_fusion_emitters=false",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 )
 os.environ.setdefault("NPROC", "16")  # XLA's threads; see trainjax.parallel.mesh
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,5 +23,16 @@ from jaxtyping import install_import_hook
 install_import_hook("trainjax", "beartype.beartype")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from tests import helpers  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """What a module compiles is optimised as a user's programs are."""
+    with helpers.jax_settings({"jax_disable_most_optimizations": False}):
+        yield

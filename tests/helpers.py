@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,23 @@ TINY = {
     "tie_word_embeddings": False,
 }
 """A Llama with grouped heads; `query` and `output` are square, and no other size is shared."""
+
+
+@contextlib.contextmanager
+def jax_settings(settings: Mapping[str, Any]) -> Iterator[None]:
+    """JAX's settings for a while; what was compiled under others is forgotten before and after."""
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        _configure(settings)
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    jax.clear_caches()
 
 
 @functools.cache

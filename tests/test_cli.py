@@ -282,7 +282,10 @@ class TestOutcome:
     def test_an_interrupt_is_one_word_and_status_130(self, tmp_path):
         fifo = tmp_path / "settings.yaml"
         os.mkfifo(fifo)  # nobody writes: the job waits for its settings
-        command = [sys.executable, "-m", "trainjax.cli", "sft", "--config", str(fifo)]
+        # What a shell starts with `&` hears no interrupts, these tests perhaps among it.
+        hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        start = f"{hear}; import sys; from trainjax.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", start, "sft", "--config", str(fifo)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         with fifo.open("w"):  # opens once the job reads
             process.send_signal(signal.SIGINT)

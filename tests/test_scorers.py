@@ -12,7 +12,6 @@ import pytest
 
 import trainjax as tj
 from tests import helpers, toy
-from tests.quick import compiled_quickly  # noqa: F401
 from trainjax import data, evals
 from trainjax.data import pipeline
 from trainjax.losses import bradley_terry, ensemble

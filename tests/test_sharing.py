@@ -9,7 +9,6 @@ import pytest
 
 import trainjax as tj
 from tests import helpers
-from tests.quick import compiled_quickly  # noqa: F401
 from trainjax import losses, policies, sharing
 from trainjax.peft import lora
 

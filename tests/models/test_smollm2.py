@@ -10,7 +10,7 @@ import pytest
 from tests import helpers
 from trainjax.models import Model, load
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("optimised")]
 GOLDEN = json.loads((helpers.GOLDEN / "smollm2_logits.json").read_text())
 
 

@@ -8,7 +8,6 @@ import pytest
 
 import trainjax as tj
 from tests import toy
-from tests.quick import compiled_quickly  # noqa: F401
 from trainjax import models
 from trainjax.rollout import prompt_ids, sampler, stream
 

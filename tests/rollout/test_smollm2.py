@@ -9,7 +9,7 @@ import trainjax as tj
 from tests import helpers
 from trainjax.rollout import prompt_ids
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("optimised")]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import pytest
 
 import trainjax as tj
 from tests import bigram, helpers
-from tests.quick import compiled_quickly  # noqa: F401
 from trainjax import parallel, tree
 from trainjax.losses import on, sft, uncertainty, with_log_variances
 from trainjax.peft import lora

@@ -10,7 +10,6 @@ import pytest
 
 import trainjax as tj
 from tests import helpers
-from tests.quick import compiled_quickly  # noqa: F401
 from trainjax import parallel
 from trainjax.losses import sft
 from trainjax.peft import lora

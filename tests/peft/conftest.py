@@ -1,1 +1,0 @@
-from tests.quick import compiled_quickly  # noqa: F401
