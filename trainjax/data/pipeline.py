@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
+from trainjax.data.curriculum import Order, shuffled
 from trainjax.data.encode import Examples, Groups
 from trainjax.data.packing import Pack, best_fit, unpacked
 from trainjax.types import Batch
@@ -54,6 +55,7 @@ class Plan:
         length: longest row, in tokens.
         pack: `packing.best_fit` or `packing.unpacked`.
         seed: of the order; None keeps the order of the source.
+        order: which examples an epoch visits in which order; see `curriculum`.
         weigh: `token_mean` or `sequence_mean`.
         window: examples that are packed together; keeps planning fast on large data, and an order
             that means something (a curriculum) roughly in place.
@@ -65,21 +67,22 @@ class Plan:
     length: int
     pack: Pack = best_fit
     seed: int | None = 0
+    order: Order = shuffled
     weigh: Weigh = token_mean
     window: int = 2**16
     buckets: int = 4
 
     def epoch(self, examples: Examples, number: int) -> list[BatchPlan]:
-        """All batches of an epoch; every example is in exactly one. The last may have fewer rows."""
+        """All batches of an epoch; what it visits is in exactly one. The last may have fewer rows."""
         count, longest = len(examples), int(examples.lengths.max())
         if longest > self.length:
             raise ValueError(
                 f"an example has {longest} tokens, a row {self.length}: encode shorter ones"
             )
         rng = None if self.seed is None else np.random.default_rng((self.seed, number))
-        order = np.arange(count) if rng is None else rng.permutation(count)
+        order = self.order(count, number, rng)
         batches: list[BatchPlan] = []
-        for start in range(0, count, self.window):
+        for start in range(0, len(order), self.window):
             which = order[start : start + self.window]
             batches += self._window(which, examples.lengths[which], rng)
         return batches

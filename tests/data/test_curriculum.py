@@ -1,0 +1,89 @@
+"""Orders of an epoch: what is visited, when, and what a wrong one says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests import toy
+from trainjax import data
+from trainjax.data import curriculum
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return data.encode(toy.rows(40), toy.tokenizer(), 128)
+
+
+def visited(examples, **settings) -> list[int]:
+    number = settings.pop("epoch", 0)
+    plan = data.Plan(4, 128, data.unpacked, **settings)
+    return [i for batch in plan.epoch(examples, number) for row in batch.rows for i in row]
+
+
+def test_easy_ones_come_first(examples):
+    order = visited(examples, seed=None, order=curriculum.easy_first(examples.lengths))
+    assert sorted(order) == list(range(len(examples)))
+    assert (np.diff(examples.lengths[order]) >= 0).all()
+    assert np.ptp(examples.lengths) > 0
+
+
+def test_equal_ones_stay_in_their_order(examples):
+    order = visited(examples, seed=None, order=curriculum.easy_first(np.zeros(len(examples))))
+    assert order == list(range(len(examples)))
+
+
+def test_each_epoch_draws_another_part_of_the_given_size(examples):
+    order = curriculum.fresh_subset(0.3)
+    parts = [visited(examples, seed=3, order=order, epoch=number) for number in range(4)]
+    assert {len(part) for part in parts} == {round(0.3 * len(examples))}
+    assert all(len(set(part)) == len(part) for part in parts)
+    assert len({frozenset(part) for part in parts}) == len(parts)
+    assert visited(examples, seed=3, order=order, epoch=2) == parts[2]
+
+
+def test_every_example_is_drawn_in_time(examples):
+    order = curriculum.fresh_subset(0.3)
+    seen = {i for n in range(40) for i in visited(examples, seed=0, order=order, epoch=n)}
+    assert len(seen) == len(examples)
+
+
+def test_a_block_is_sorted_anew_and_the_rest_stays():
+    order = np.array([4, 2, 0, 1, 3])
+    found = curriculum.resorted(order, 1, 4, np.array([0.5, 0.9, 0.1]))
+    assert found.tolist() == [4, 1, 2, 0, 3]
+    assert order.tolist() == [4, 2, 0, 1, 3]
+
+
+def test_the_reference_s_loss_is_the_mean_over_targets(examples):
+    rng = np.random.default_rng(0)
+    logprobs = -rng.gamma(1.0, 1.0, len(examples.tokens)).astype(np.float32)
+    found = curriculum.reference_loss(dataclasses.replace(examples, reference=logprobs))
+    for i in range(len(examples)):
+        here = examples.slice_of(i)
+        np.testing.assert_allclose(
+            found[i], -logprobs[here][examples.trained[here]].mean(), rtol=1e-6
+        )
+
+
+WRONG = {
+    "difficulties of 3 examples do not order 40": lambda e: visited(
+        e, seed=None, order=curriculum.easy_first(np.arange(3))
+    ),
+    "difficulty of example 1 is not a number": lambda e: curriculum.easy_first(
+        np.array([0.0, np.nan])
+    ),
+    "a fresh subset is drawn: give the plan a seed": lambda e: visited(
+        e, seed=None, order=curriculum.fresh_subset(0.5)
+    ),
+    "fraction=1.5 of the examples": lambda e: curriculum.fresh_subset(1.5),
+    "carry no reference; give them one by `with_reference`": curriculum.reference_loss,
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_no_order_is_refused_in_a_sentence(examples, message):
+    with pytest.raises(ValueError, match=message):
+        WRONG[message](examples)
