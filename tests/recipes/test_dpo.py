@@ -1,5 +1,9 @@
 """`trainjax dpo`: pairs in, an adapter out that prefers the chosen completions; what it refuses."""
 
+import dataclasses
+import inspect
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -124,6 +128,15 @@ def test_another_model_may_be_the_reference_if_it_has_the_same_tokens(dpo, tmp_p
     assert "has vocab_size=61" in capsys.readouterr().err
 
 
+def test_a_model_with_a_sliding_window_trains_on_prompts_of_their_own(dpo, tmp_path):
+    folder = toy.model_folder(tmp_path / "windowed")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": None, "sliding_window": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert dpo(model=folder) == 0
+    assert toy.trace(tmp_path / "run")[-1]["rewards/accuracies"] == 1
+
+
 def test_a_resumed_run_with_another_loss_is_refused(dpo, capsys):
     assert dpo(steps=2) == 0
     assert dpo("--resume", steps=2, loss__beta=0.3) == 1
@@ -132,6 +145,14 @@ def test_a_resumed_run_with_another_loss_is_refused(dpo, capsys):
 
 def test_the_names_are_those_of_the_pair_losses():
     assert set(recipe.LossName.__args__) == set(preference.LOSSES)
+
+
+def test_every_coefficient_of_a_pair_loss_has_an_option():
+    parameters = (inspect.signature(f).parameters for f in preference.LOSSES.values())
+    assert {name for names in parameters for name in list(names)[1:]} == set(recipe.COEFFICIENTS)
+    assert set(recipe.COEFFICIENTS) <= {
+        field.name for field in dataclasses.fields(recipe.LossConfig)
+    }
 
 
 @pytest.mark.parametrize(

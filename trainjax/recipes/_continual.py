@@ -156,7 +156,7 @@ def encoded(settings: Settings, model: Model, tasks: Sequence[Task]) -> list[dat
     Raises:
         ValueError: rows that cannot be read, with the name of their file.
     """
-    return [training.encode(settings, t.source, t.rows, model, data.encode) for t in tasks]
+    return [training.encode(settings, t.source, t.rows, model) for t in tasks]
 
 
 def single_examples(

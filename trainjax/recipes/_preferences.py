@@ -62,7 +62,7 @@ def run(config: PreferenceConfig, loss_of: LossOf, read: Callable[..., data.Grou
     training.run(
         config,
         loss,
-        encoder=functools.partial(data.encode_groups, read=read),
+        read=read,
         prepare=prepare,
         same=(*training.SAME, "loss", "reference"),
     )

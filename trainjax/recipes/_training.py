@@ -119,7 +119,6 @@ class TrainConfig(StepConfig):
     """Steps between evaluations; one at the end in any case."""
 
 
-Encoder = Callable[..., data.Examples]
 Prepare = Callable[[Model, str, data.Examples], data.Examples]
 
 SAME = (  # what must be equal for a resumed run to be the same run
@@ -135,7 +134,7 @@ class Job(NamedTuple):
         loss_of: its loss on a model.
         first_params: `(model) -> params`: what trains, before the first step.
         save: `(model, params)`: writes what a finished run leaves in `--out`.
-        encoder: makes examples of rows.
+        read: how a row becomes a group of completions; None where it is one text.
         prepare: adds to the examples of a named dataset what it takes the model to know.
         same: names of the settings that a resumed run has to share.
         tells_tokens: whether the loss goes through the vocabulary, which counts in the MFU.
@@ -144,7 +143,7 @@ class Job(NamedTuple):
     loss_of: Callable[[Model], Loss]
     first_params: Callable[[Model], Params]
     save: Callable[[Model, Params], None]
-    encoder: Encoder = data.encode
+    read: data.Read | None = None
     prepare: Prepare = lambda model, name, examples: examples
     same: Sequence[str] = SAME
     tells_tokens: bool = True
@@ -154,13 +153,13 @@ def run(
     config: TrainConfig,
     loss_of: Callable[[Model], Loss],
     *,
-    encoder: Encoder = data.encode,
+    read: data.Read | None = None,
     prepare: Prepare = lambda model, name, examples: examples,
     same: Sequence[str] = SAME,
 ) -> None:
     """Trains a language model, whole or by an adapter; see `Job` and `run_job`."""
     first, save = (functools.partial(f, config) for f in (_first_params, _save))
-    run_job(config, Job(loss_of, first, save, encoder, prepare, same))
+    run_job(config, Job(loss_of, first, save, read, prepare, same))
 
 
 def run_job(config: TrainConfig, job: Job) -> None:
@@ -181,11 +180,11 @@ def run_job(config: TrainConfig, job: Job) -> None:
     if config.batch_size < 1:
         raise ValueError(f"batch_size={config.batch_size}: a batch has at least one row")
 
-    examples = encode(config, config.data, rows, model, job.encoder)
+    examples = encode(config, config.data, rows, model, job.read)
     examples = job.prepare(model, config.data, examples)
     held_out = None
     if config.eval_data and eval_rows is not None:
-        held_out = encode(config, config.eval_data, eval_rows, model, job.encoder)
+        held_out = encode(config, config.eval_data, eval_rows, model, job.read)
         held_out = job.prepare(model, config.eval_data, held_out)
     length = max(data.row_length(e, config.max_length) for e in (examples, held_out) if e)
     plan = config.plan(length)
@@ -318,14 +317,17 @@ def encode(
     name: str,
     rows: data.Source,
     model: Model,
-    encoder: Encoder,
+    read: data.Read | None = None,
 ) -> data.Examples:
     """Tokens and masks of the rows that a flag named, and a word about them.
 
     Raises:
         ValueError: rows that cannot be read, with their file's name; a tokenizer of another model.
     """
-    too_long = common.TOO_LONG[config.too_long]
+    too_long, encoder = common.TOO_LONG[config.too_long], data.encode
+    if read is not None:
+        share = model.config.window is None
+        encoder = functools.partial(data.encode_groups, read=read, share_prompt=share)
     try:
         examples = encoder(
             rows, model.tokenizer, config.max_length, template=config.template, too_long=too_long

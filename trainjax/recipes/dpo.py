@@ -19,6 +19,10 @@ LossName = (
 )  # the choices that --help shows
 
 
+COEFFICIENTS = ("beta", "label_smoothing", "gamma", "tau", "alpha", "shift")
+"""What the losses are told, each those that it has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """The loss; a coefficient that is not given is the loss's own default."""
@@ -33,6 +37,12 @@ class LossConfig:
     """Share of labels taken to be wrong."""
     gamma: float | None = None
     """The margin that simpo asks for."""
+    tau: float | None = None
+    """Temperature of discopop's mixture."""
+    alpha: float | None = None
+    """Weight of the chosen completion's likelihood in cpo and rrhf."""
+    shift: float | None = None
+    """The mean reward that bco_pair compares with."""
     ld_alpha: float | None = None
     """Weight of tokens beyond the shorter completion's length."""
     wpo: bool = False
@@ -77,8 +87,7 @@ def _terms(config: LossConfig) -> list[_Term]:
     if len(set(config.name)) < len(config.name):
         raise ValueError(f"--loss.name {' '.join(config.name)}: each loss once, with its weight")
     known = {name: _coefficients(preference.LOSSES[name]) for name in config.name}
-    names = ("beta", "label_smoothing", "gamma")
-    given = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
+    given = {n: getattr(config, n) for n in COEFFICIENTS if getattr(config, n) is not None}
     for coefficient in given:
         if not any(coefficient in names for names in known.values()):
             have = "; ".join(f"{name}, which has {', '.join(c)}" for name, c in known.items())

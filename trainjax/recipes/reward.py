@@ -36,7 +36,7 @@ def main(config: Config) -> None:
         loss_of=lambda model: loss_of(scorer(model, config.adapter())),
         first_params=functools.partial(_first_params, config),
         save=functools.partial(_save, config),
-        encoder=functools.partial(data.encode_groups, read=data.pair),
+        read=data.pair,
         same=(*training.SAME, "center_rewards_coefficient"),
         tells_tokens=False,
     )
