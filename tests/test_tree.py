@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from trainjax import tree
-from trainjax.ops.vocab import Tied
+from trainjax.ops.head import Tied
 
 
 def params() -> dict:

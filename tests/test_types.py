@@ -131,3 +131,13 @@ def test_losses_that_differ_in_numbers_are_one_program():
     assert len(traces) == 1
     assert float(value(loss(1, 1), X)) == 3.0  # another composition is another program
     assert len(traces) == 2
+
+
+def test_python_sums_a_list_of_losses():
+    terms = [loss(1, 1), loss(2, 1).named("a"), loss(3, 1).named("b")]
+    np.testing.assert_allclose(sum(terms)(X, {})[0], (terms[0] + terms[1] + terms[2])(X, {})[0])
+
+
+def test_a_loss_given_to_jit_as_the_function_says_how_to_give_it():
+    with pytest.raises(TypeError, match="a Loss is a pytree of arrays.* give it .* as an argument"):
+        jax.jit(loss(1, 1))(X, {})

@@ -132,6 +132,11 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(leaf_cast, tree)
 
 
+def wide(x: Array) -> Array:
+    """At least float32: differences and sums of bf16 numbers lose their digits."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def key_for(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """A key of the name's own: the same in every process and whatever else the tree holds."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -168,6 +168,9 @@ class Loss:
             return NotImplemented
         return Loss(_sum, (self, other))
 
+    def __radd__(self, other: object) -> Loss:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum(losses)
+
     def __mul__(self, weight: ArrayLike) -> Loss:
         if isinstance(weight, Loss):
             return NotImplemented
@@ -176,6 +179,12 @@ class Loss:
         )
 
     __rmul__ = __mul__
+
+    def __hash__(self) -> int:
+        raise TypeError(
+            "a Loss is a pytree of arrays, the model's among them: give it to a jitted function as an "
+            "argument, `jax.jit(lambda loss, params, batch: loss(params, batch))(loss, params, batch)`"
+        )
 
     def named(self, name: str) -> Loss:
         """The same loss with `name/` before each of its metrics, for sums of two of a kind."""

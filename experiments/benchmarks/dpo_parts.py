@@ -26,7 +26,7 @@ import optax
 import trainjax as tj
 from trainjax import data, losses, policies
 from trainjax.nn import head, remat
-from trainjax.ops import vocab
+from trainjax.ops.head import logits as full_logits
 from trainjax.ops.vocab import TokenStats
 from trainjax.types import Batch, Params, pytree
 
@@ -44,7 +44,7 @@ class FullLogits:
     ) -> TokenStats:
         hidden = self.policy.hidden(params, batch, key)
         weights = self.policy.attached(params, key)
-        logits = vocab.logits(hidden, head(self.policy.module.config, weights))
+        logits = full_logits(hidden, head(self.policy.module.config, weights))
         logprobs = jax.nn.log_softmax(logits[:, :-1])
         targets = batch["tokens"][:, 1:, None]
         chosen = jnp.take_along_axis(logprobs, targets, axis=-1)[..., 0]

@@ -26,7 +26,8 @@ import optax
 
 import trainjax as tj
 from trainjax import data, losses, policies, rollout
-from trainjax.losses import policy_gradient, preference
+from trainjax.losses import divergence
+from trainjax.losses.pairs import pairs_of
 from trainjax.losses.preference import LOSSES, WITHOUT_REFERENCE
 from trainjax.types import Batch, Loss, Params
 
@@ -110,7 +111,7 @@ def judged(policy: policies.Policy, adapter: Params, batch: Batch) -> dict[str, 
     """Of a held-out batch: weighted sums over its pairs."""
     where = batch["completions"] > 0
     logprobs = policy(adapter, batch, where=where).logprobs
-    found = preference.pairs_of(logprobs, batch["reference_logprobs"], batch)
+    found = pairs_of(logprobs, batch["reference_logprobs"], batch)
     per_token = found.chosen / found.chosen_length - found.rejected / found.rejected_length
     each = {
         "accuracy": found.c > found.r,
@@ -169,7 +170,7 @@ def _kl_sum(policy: Any, reference: Any, adapter: Params, rows: Batch) -> jax.Ar
     where = rows["where"]
     ours = policy(adapter, rows, where=where).logprobs
     theirs = reference(rows, where=where).logprobs
-    return jnp.sum(jnp.where(where, policy_gradient.k3(ours, theirs), 0.0))
+    return jnp.sum(jnp.where(where, divergence.k3(ours, theirs), 0.0))
 
 
 def loss_named(name: str, setting: Setting) -> Loss:

@@ -466,7 +466,7 @@ def test_cross_entropy_on_drawn_targets_is_the_old_models_whole_cross_entropy_on
     drawn = jax.jit(lambda p, w, b, k: p.draw(w, b, k))(old, model.params, batch, jax.random.key(0))
     assert bool((drawn[:, 0] == 3).all())
     targets = dict(batch, targets=drawn)
-    found = float(jax.jit(sft(old))(other, targets)[0])
+    found = float(jax.jit(lambda loss, *args: loss(*args))(sft(old), other, targets)[0])
     q = log_softmax(np.asarray(model.logits(batch["tokens"][:1]), np.float64))[0, :3]
     p = log_softmax(np.asarray(model.with_params(other).logits(batch["tokens"][:1]), np.float64))[
         0, :3

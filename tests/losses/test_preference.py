@@ -16,13 +16,8 @@ import trainjax as tj
 from tests import helpers, toy
 from tests.preferences import BATCHES, PAIRS, SEQ, RandomPairs, random_pairs
 from trainjax.losses import kto, preference
-from trainjax.losses.preference import (
-    AlphaDivergence,
-    Pairs,
-    forward_kl,
-    js_divergence,
-    pairwise,
-)
+from trainjax.losses.pairs import AlphaDivergence, Pairs, diverged, forward_kl, js_divergence
+from trainjax.losses.preference import pairwise
 from trainjax.ops.vocab import NO_EXTRAS, TokenStats
 
 GOLDEN = json.loads((helpers.GOLDEN / "preference.json").read_text())["values"]
@@ -300,7 +295,7 @@ def test_losses_and_gradients_are_finite_at_any_log_ratio(name, divergence):
         rejected=np.minimum(ref + r, 0),
     )
     if divergence is not None:
-        pairs = preference._diverged(pairs, divergence)
+        pairs = diverged(pairs, divergence)
     value, gradient = jax.value_and_grad(lambda p: getattr(preference, name)(p).sum())(pairs)
     assert np.isfinite(value)
     assert all(np.isfinite(x).all() for x in gradient)

@@ -9,7 +9,7 @@ import pytest
 
 from tests import helpers
 from trainjax.ops.draw import draw
-from trainjax.ops.vocab import Tied
+from trainjax.ops.head import Tied
 from trainjax.peft.lora import Lora
 
 VOCAB, EMBED = 13, 4

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests import helpers
-from trainjax.ops.vocab import NO_EXTRAS, Extras, Tied, TokenStats, logits, token_stats
+from trainjax.ops.head import Tied, logits
+from trainjax.ops.vocab import NO_EXTRAS, Extras, TokenStats, token_stats
 from trainjax.peft import Lora
 
 BATCH, SEQ, EMBED, VOCAB, RANK = 4, 6, 8, 50, 3

@@ -12,7 +12,7 @@ from trainjax.losses.continual import (
     reg_lora,
 )
 from trainjax.losses.kto import kto
-from trainjax.losses.policy_gradient import cispo, grpo, gspo, ppo, reinforce
+from trainjax.losses.policy import cispo, grpo, gspo, ppo, reinforce
 from trainjax.losses.preference import dpo, pairwise
 from trainjax.losses.reward import bradley_terry
 from trainjax.losses.reweight import (

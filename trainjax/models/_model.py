@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from trainjax import platform, tree
 from trainjax.nn import Decoder, DecoderConfig, head
-from trainjax.ops import vocab
+from trainjax.ops.head import logits
 from trainjax.types import Params
 
 
@@ -59,7 +59,7 @@ class Model:
 def _logits(module: Decoder, params: Params, tokens: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = module.apply({"params": params}, tokens, positions)
-    return vocab.logits(hidden, head(module.config, params))
+    return logits(hidden, head(module.config, params))
 
 
 def family(hf: Mapping[str, Any]) -> ModuleType:

@@ -24,9 +24,9 @@ from trainjax.nn.attention import Attention, LayerCache
 from trainjax.nn.dense import Dense, Embed, weight
 from trainjax.nn.mlp import SwiGlu
 from trainjax.ops.attention import Segments
+from trainjax.ops.head import Head, Tied
 from trainjax.ops.norm import rms_norm
 from trainjax.ops.rope import Rope, Rotation, rotation
-from trainjax.ops.vocab import Head, Tied
 from trainjax.types import Params
 
 

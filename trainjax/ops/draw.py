@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from trainjax.ops.vocab import Head, Tied, _over_blocks, _scores, _slice
+from trainjax.ops.head import Head, Tied, block_of, over_blocks, scores_of
 
 
 def draw(
@@ -36,10 +36,10 @@ def draw(
     def one_block(carry, start, size):
         top, drawn = carry
         noise = jax.random.gumbel(jax.random.fold_in(key, start), (x.shape[0], size))
-        scores = _scores(x, _slice(head, start, size)) + noise
+        scores = scores_of(x, block_of(head, start, size)) + noise
         best = jnp.argmax(scores, axis=1).astype(jnp.int32)
         score = jnp.take_along_axis(scores, best[:, None], axis=1)[:, 0]
         return jnp.maximum(top, score), jnp.where(score > top, best + start, drawn)
 
     nothing = jnp.full(x.shape[0], -jnp.inf, jnp.float32), jnp.zeros(x.shape[0], jnp.int32)
-    return _over_blocks(one_block, nothing, head, vocab_block)[1].reshape(hidden.shape[:-1])
+    return over_blocks(one_block, nothing, head, vocab_block)[1].reshape(hidden.shape[:-1])

@@ -13,7 +13,7 @@ make the Jacobian, one vector a token, which is all that the backward pass needs
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +21,16 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from trainjax.types import Weight, pytree
-
-Head = Any  # Float[Array, "embed vocab"] | Weight
-
-
-@pytree
-class Tied(Weight):
-    """The transpose of an embedding matrix, as an output head that is never transposed in memory.
-
-    Attributes:
-        embedding: `[vocab, embed]`.
-    """
-
-    embedding: Float[Array, "vocab embed"]
-
-    def __rmatmul__(self, x: Float[Array, "rows embed"]) -> Float[Array, "rows vocab"]:
-        return lax.dot_general(x, self.embedding.astype(x.dtype), (((1,), (1,)), ((), ())))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.embedding.shape[::-1]
+from trainjax.ops.head import (
+    Head,
+    Tied,
+    add_slice,
+    block_of,
+    over_blocks,
+    pull_back,
+    scores_of,
+    target_rows,
+)
 
 
 class Extras(NamedTuple):
@@ -131,28 +120,6 @@ def token_stats(
     return stats._replace(mean_logit=_mean_logit(asked, head)) if extras.mean_logit else stats
 
 
-def logits(hidden: Float[Array, "*rows embed"], head: Head) -> Float[Array, "*rows vocab"]:
-    """All the logits in float32, for a few positions: sampling, small checks."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    scores = _few_scores(flat, head.embedding) if isinstance(head, Tied) else _scores(flat, head)
-    return scores.reshape(*hidden.shape[:-1], -1)
-
-
-def _few_scores(
-    x: Float[Array, "rows embed"], embedding: Float[Array, "vocab embed"]
-) -> Float[Array, "rows vocab"]:
-    """`x @ embedding.T` for a few rows, with the table on the left of the product.
-
-    XLA's CPU backend packs the right operand anew each time; so packed are the rows and not the table:
-    6.7 ms against 10.9 for 8 rows of SmolLM2. The barrier keeps it from turning the product round.
-    """
-    contract = (((1,), (1,)), ((), ()))
-    scores = lax.dot_general(
-        embedding.astype(x.dtype), x, contract, preferred_element_type=jnp.float32
-    )
-    return lax.optimization_barrier(scores).T
-
-
 class _Static(NamedTuple):
     chunk: int
     vocab_block: int | None
@@ -173,7 +140,7 @@ def _mean_logit(x: Float[Array, "batch seq embed"], head: Head) -> Float[Array, 
         row = jnp.mean(matrix, axis, dtype=jnp.float32)
     else:
         ones = jnp.ones((1, head.shape[-1]), x.dtype)
-        row = _pull(ones, head, jnp.zeros((1, x.shape[-1]), x.dtype))[0] / head.shape[-1]
+        row = pull_back(ones, head, jnp.zeros((1, x.shape[-1]), x.dtype))[0] / head.shape[-1]
     return x.astype(jnp.float32) @ row
 
 
@@ -202,8 +169,8 @@ def _chunked_bwd(static: _Static, residuals, cotangents: TokenStats):
         return *_backward(static, *needed), None, None
     # Frozen head. With E[row] the mean of the head's rows under the model's distribution:
     # d logp(target) / dx = row(target) - E[row],  d logsumexp / dx = E[row].
-    target_rows = _target_rows(frozen, targets, x, static.chunk)
-    dx = g_logprobs[..., None] * target_rows + (g_lse - g_logprobs)[..., None] * rows.mean
+    here = target_rows(frozen, targets, x, static.chunk)
+    dx = g_logprobs[..., None] * here + (g_lse - g_logprobs)[..., None] * rows.mean
     if g_entropy is not None:
         dx += g_entropy[..., None] * rows.entropy
     return dx.astype(x.dtype), None, None, None
@@ -266,7 +233,7 @@ def _forward(static: _Static, x, head, targets, num_chunks, *, with_rows: bool):
         tc = _chunk_of(targets, i, static.chunk).reshape(rows)
 
         def one_block(sums: _Sums, start, size):
-            return _with_block(sums, xc, tc - start, _slice(head, start, size))
+            return _with_block(sums, xc, tc - start, block_of(head, start, size))
 
         zeros = jnp.zeros(rows, jnp.float32)
         of_rows = jnp.zeros((rows, embed), jnp.float32) if with_rows else None
@@ -279,7 +246,7 @@ def _forward(static: _Static, x, head, targets, num_chunks, *, with_rows: bool):
             tilt=of_rows if extras.entropy else None,
             square=zeros if extras.collision else None,
         )
-        new = _statistics(_over_blocks(one_block, sums, head, static.vocab_block))
+        new = _statistics(over_blocks(one_block, sums, head, static.vocab_block))
         return jax.tree.map(
             lambda old, part: lax.dynamic_update_slice_in_dim(
                 old, part.reshape(groups, static.chunk, *old.shape[2:]), i * static.chunk, axis=1
@@ -302,7 +269,7 @@ def _forward(static: _Static, x, head, targets, num_chunks, *, with_rows: bool):
 
 def _with_block(sums: _Sums, x: Array, at: Array, block: Head) -> _Sums:
     """The sums with one more block of the vocabulary; `at` is where in it the targets are."""
-    scores = _scores(x, block)
+    scores = scores_of(x, block)
     size = scores.shape[1]
     new_top = jnp.maximum(sums.top, scores.max(axis=1))
     shift, p = jnp.exp(sums.top - new_top), jnp.exp(scores - new_top[:, None])
@@ -316,9 +283,9 @@ def _with_block(sums: _Sums, x: Array, at: Array, block: Head) -> _Sums:
         moment = (moment + lift * sums.total) * shift + surprise.sum(axis=1)
         if tilt is not None and mean is not None:
             tilt = (tilt + lift[:, None] * mean) * shift[:, None]
-            tilt += _pull(surprise.astype(x.dtype), block, x)
+            tilt += pull_back(surprise.astype(x.dtype), block, x)
     if mean is not None:
-        mean = mean * shift[:, None] + _pull(p.astype(x.dtype), block, x)
+        mean = mean * shift[:, None] + pull_back(p.astype(x.dtype), block, x)
     if square is not None:
         square = square * shift**2 + (p**2).sum(axis=1)
     total = sums.total * shift + p.sum(axis=1)
@@ -365,9 +332,9 @@ def _backward(
         def one_block(carry, start, size):
             dxc, dhead = carry
             scores, pull = jax.vjp(
-                lambda xc, part: _scores(xc, _joined(part, frozen)),
+                lambda xc, part: scores_of(xc, _joined(part, frozen)),
                 xc,
-                _slice(trained, start, size),
+                block_of(trained, start, size),
             )
             hit = (tc[:, None] - start) == jnp.arange(size)
             g = (gl - gp)[:, None] * jnp.exp(scores - lc[:, None]) + jnp.where(
@@ -378,11 +345,11 @@ def _backward(
                 logp = scores - lc[:, None]
                 g -= ge[:, None] * jnp.exp(logp) * (logp + entropy[:, None])
             more_x, more_head = pull(g)
-            return dxc + more_x.astype(jnp.float32), _add_slice(dhead, more_head, start)
+            return dxc + more_x.astype(jnp.float32), add_slice(dhead, more_head, start)
 
         dx, dhead = grads
         zeros = jnp.zeros((rows, embed), jnp.float32)
-        dxc, dhead = _over_blocks(one_block, (zeros, dhead), head, static.vocab_block)
+        dxc, dhead = over_blocks(one_block, (zeros, dhead), head, static.vocab_block)
         dxc = dxc.reshape(groups, static.chunk, embed)
         return lax.dynamic_update_slice_in_dim(dx, dxc, i * static.chunk, axis=1), dhead
 
@@ -393,75 +360,3 @@ def _backward(
 
 def _chunk_of(a: Array, i: Array, chunk: int) -> Array:
     return lax.dynamic_slice_in_dim(a, i * chunk, chunk, axis=1)
-
-
-def _over_blocks(f, carry, head: Head, size: int | None):
-    """Folds `f(carry, start, size)` over the blocks of the vocabulary; the last may be shorter."""
-    vocab = head.shape[-1]
-    size = min(size or vocab, vocab)
-    whole, rest = divmod(vocab, size)
-    carry = lax.fori_loop(0, whole, lambda i, c: f(c, i * size, size), carry)
-    return f(carry, whole * size, rest) if rest else carry
-
-
-def _slice(head: Head, start: Array | int, size: int) -> Head:
-    """Part of the vocabulary; a `Weight` that is not `Tied` is never cut."""
-    if isinstance(head, Tied):
-        return Tied(_cut(head.embedding, start, size, axis=0))
-    return _cut(head, start, size, axis=1) if isinstance(head, jax.Array) else head
-
-
-def _cut(a: Array, start: Array | int, size: int, axis: int) -> Array:
-    return a if size == a.shape[axis] else lax.dynamic_slice_in_dim(a, start, size, axis)
-
-
-def _add_slice(total: Head, part: Head, start: Array | int) -> Head:
-    axis = 0 if isinstance(total, Tied) else 1
-
-    def add(whole, piece):
-        if piece.shape == whole.shape:
-            return whole + piece
-        new = _cut(whole, start, piece.shape[axis], axis) + piece
-        return lax.dynamic_update_slice_in_dim(whole, new, start, axis)
-
-    return jax.tree.map(add, total, part)
-
-
-def _scores(x: Float[Array, "rows embed"], block: Head) -> Float[Array, "rows vocab"]:
-    """`x @ block`, accumulated and kept in float32 where the head is a plain matrix."""
-    if isinstance(block, Tied | jax.Array):
-        matrix, axis = (block.embedding, 1) if isinstance(block, Tied) else (block, 0)
-        return lax.dot_general(
-            x,
-            matrix.astype(x.dtype),
-            (((1,), (axis,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-    return (x @ block).astype(jnp.float32)
-
-
-def _pull(g: Float[Array, "rows vocab"], block: Head, x: Float[Array, "rows embed"]) -> Array:
-    """`g @ block.T` in float32, for any kind of head."""
-    if isinstance(block, Tied | jax.Array):
-        matrix, axis = (block.embedding, 0) if isinstance(block, Tied) else (block, 1)
-        return lax.dot_general(
-            g,
-            matrix.astype(g.dtype),
-            (((1,), (axis,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-    _, pull = jax.vjp(lambda x: x @ block, x)
-    return pull(g)[0].astype(jnp.float32)
-
-
-def _target_rows(head: Head, targets: Int[Array, "groups tokens"], x: Array, chunk: int) -> Array:
-    """The head's row of every target, `[groups, tokens, embed]` in float32."""
-    if isinstance(head, Tied):
-        rows = head.embedding[targets]
-    elif isinstance(head, jax.Array):
-        rows = jnp.moveaxis(head[:, targets], 0, -1)
-    else:  # a Weight need not know how to index itself: products with one-hot rows, by chunks
-        like = jnp.zeros((chunk, x.shape[-1]), x.dtype)
-        hot = lambda t: jax.nn.one_hot(t, head.shape[-1], dtype=x.dtype)  # noqa: E731
-        rows = lax.map(lambda t: _pull(hot(t), head, like), targets.reshape(-1, chunk))
-    return rows.astype(jnp.float32).reshape(x.shape)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from trainjax import data, parallel, platform
 from trainjax.models import Model
 from trainjax.nn import Cache, Decoder, head, init_cache
-from trainjax.ops import vocab
+from trainjax.ops.head import logits
 from trainjax.parallel.rules import num_row_shards
 from trainjax.rollout.sampling import Drawn, Sampler, greedy, sample
 from trainjax.types import Params
@@ -361,7 +361,7 @@ def _drawn(
     ends: Int[Array, " ends"],
 ) -> _State:
     """The state with one more token a row."""
-    scores = vocab.logits(hidden, head(module.config, params))
+    scores = logits(hidden, head(module.config, params))
     new = sample(
         sampler, scores, jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.num_drawn)
     )

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from trainjax.tree import wide
 from trainjax.types import Metrics, Params
 
 
@@ -290,7 +291,6 @@ def inner_products(gradients: Sequence[Params]) -> Float[Array, "tasks tasks"]:
 
 def _inner(a: Sequence[Array], b: Sequence[Array]) -> Array:
     # A product and a sum, not a dot: a dot may run in bf16 on an accelerator.
-    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
     return functools.reduce(
         jnp.add, (jnp.sum(wide(x) * wide(y)) for x, y in zip(a, b, strict=True))
     )
