@@ -5,11 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import trainjax as tj
 from tests import helpers
 from trainjax.peft import lora
+from trainjax.types import Loss
 
 KEY = jax.random.key(0)
 BATCH = helpers.random_batch(rows=2, seq=8)
@@ -92,6 +94,56 @@ def test_no_gradient_goes_into_a_reference():
 
     found = gradient(tj.reference(model), BATCH)
     assert not any(leaf.any() for leaf in jax.tree.leaves(found))
+
+
+def test_a_reference_follows_the_policy_and_the_step_is_not_compiled_again():
+    """TR-DPO. The state is donated to each step, and the reference outlives it."""
+    model, method, traces = helpers.tiny(), lora(rank=2), []
+    adapter = helpers.trained(method, model.params)
+    places = np.tile(np.repeat([0, 1, 2], [2, 3, 3]), (2, 1))
+    batch = BATCH | {"completions": jnp.asarray(places), "groups": jnp.full((2, 1), 0.5)}
+
+    def counted(inputs, params, batch, key):
+        traces.append(1)
+        return inputs(params, batch, key)
+
+    tx = optax.sgd(0.1)
+    step, state = tj.train.make_step(tx), tj.train.init(adapter, tx)
+    ours, theirs = tj.policy(model, method), tj.reference(model, method, adapter)
+    margins = []
+    for number in range(1, 5):
+        state, metrics = step(state, Loss(counted, tj.losses.dpo(ours, theirs)), batch)
+        margins.append(abs(float(metrics["rewards/margins"])))
+        traced = len(traces) if number == 1 else traced
+        if number == 2:
+            theirs = theirs.updated(state.params)
+    assert max(margins[0], margins[2]) < 1e-6 < 1e-4 < min(margins[1], margins[3])
+    assert len(traces) == traced
+
+
+def test_a_reference_goes_part_of_the_way():
+    model, method = helpers.tiny(), lora(rank=2)
+    old, new = (helpers.trained(method, model.params, seed=seed) for seed in (1, 2))
+    found = tj.reference(model, method, old).updated(new, 0.25).params
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, old, new)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "make"),
+    {
+        "the base itself and stays": lambda model, a: tj.reference(model).updated(a),
+        "needs the adapter": lambda model, a: tj.reference(model, lora(rank=2)),
+        "mixup=1.5": lambda model, a: tj.reference(model, lora(rank=2), a).updated(a, 1.5),
+    }.items(),
+    ids=["base", "method alone", "mixup"],
+)
+def test_what_cannot_follow_is_one_clear_sentence(message, make):
+    model = helpers.tiny()
+    with pytest.raises(ValueError, match=message):
+        make(model, helpers.trained(lora(rank=2), model.params))
 
 
 def test_a_policy_holds_the_models_arrays_and_no_copy():

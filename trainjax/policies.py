@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from trainjax import platform, sharing
@@ -147,10 +148,56 @@ class Reference:
     ) -> TokenStats:
         return jax.lax.stop_gradient(self.policy(self.params, batch, where=where, extras=extras))
 
+    def updated(self, params: Params, mixup: ArrayLike = 1.0) -> Reference:
+        """TR-DPO: the reference moved to `mixup * params + (1 - mixup) * its own`, every k-th step.
 
-def reference(model: Model) -> Reference:
-    """The model itself as the reference: the policy's base, so no second copy of anything."""
-    return Reference(Policy(model.params, model.module))
+        Of the same structure, so the step goes on with it and is not compiled anew; of an adapter the
+        factors are mixed.
+
+        Args:
+            params: the policy's, as they are now.
+            mixup: 1 takes them over, less goes part of the way (`ref_model_mixup_alpha` in TRL).
+
+        Raises:
+            ValueError: a reference that has no params of its own; a mixup outside [0, 1].
+
+        Source: Gorbatovski et al. 2024, arXiv:2404.09656, eq. 1-2.
+        """
+        if self.params is None:
+            raise ValueError(
+                "this reference is the base itself and stays; one that moves is made by "
+                "reference(model, lora, adapter)"
+            )
+        if isinstance(mixup, int | float) and not 0 <= mixup <= 1:
+            raise ValueError(f"mixup={mixup} is a share of the policy's params, from 0 to 1")
+        return Reference(self.policy, _mixed(self.params, params, mixup))
+
+
+@platform.jit
+def _mixed(old: Params, new: Params, mixup: ArrayLike) -> Params:
+    return jax.tree.map(lambda a, b: (a + mixup * (b - a)).astype(a.dtype), old, new)
+
+
+def reference(model: Model, method: Peft | None = None, params: Params | None = None) -> Reference:
+    """A frozen policy as the reference: by default the model itself, the policy's own base.
+
+    Args:
+        model: its weights are not copied.
+        method: how an adapter is attached.
+        params: an adapter for it, or without a method whole weights; copied, since a training step
+            takes away the arrays of the state that it is given.
+
+    Raises:
+        ValueError: a method without params.
+    """
+    if params is None:
+        if method is not None:
+            raise ValueError(
+                "a reference with an adapter needs the adapter: reference(model, lora, params)"
+            )
+        return Reference(Policy(model.params, model.module))
+    base = None if method is None else model.params
+    return Reference(Policy(base, model.module, method), jax.tree.map(jnp.copy, params))
 
 
 @pytree

@@ -15,6 +15,7 @@ import pytest
 from tests import helpers
 from trainjax.losses import bradley_terry
 from trainjax.losses.reward import (
+    bounding,
     brier_score,
     davidson_nll,
     expected_calibration_error,
@@ -68,8 +69,14 @@ def plackett_luce_form(scores: np.ndarray) -> np.ndarray:
     return np.array(losses)
 
 
+def bounding_form(scores: np.ndarray) -> np.ndarray:
+    chosen, rejected = scores
+    return -np.log(sigmoid(1.5 - chosen)) - np.log(sigmoid(1.5 + rejected))
+
+
 LIKELIHOODS: dict[str, tuple[Callable[[Any], Any], Callable[[np.ndarray], np.ndarray], tuple]] = {
     "bradley_terry": (lambda s: pair_nll(s[0], s[1], 0.3), bradley_terry_form, (2, 4)),
+    "bounding": (lambda s: bounding(s[0], s[1], 1.5), bounding_form, (2, 4)),
     "rao_kupper": (
         lambda s: rao_kupper_nll(s[0], s[1], jnp.asarray(TIED), 0.4),
         rao_kupper_form,
@@ -324,9 +331,22 @@ def test_arrays_of_the_scoring_function_and_the_coefficient_are_inputs():
     assert len(traces) == 1
 
 
+def test_scores_far_beyond_the_bound_are_pulled_back_and_others_told_apart():
+    """Of a right pair: within the bound the scores drift apart, beyond it they come back."""
+    batch = {"groups": jnp.ones((1, 1))}
+    for size, sign in ((0.1, -1.0), (8.0, 1.0)):
+        scores = jnp.asarray([[[size, -size]]])
+        gradient = value_and_gradient(bradley_terry(given_scores, score_bound=3.0), scores, batch)[
+            1
+        ]
+        np.testing.assert_array_equal(np.sign(gradient[0, 0]), [sign, -sign])
+
+
 def test_what_is_no_pair_or_no_coefficient_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="center_rewards_coefficient=-0.1 drives scores apart"):
         bradley_terry(given_scores, center_rewards_coefficient=-0.1)
+    with pytest.raises(ValueError, match="score_bound=0 leaves scores no room"):
+        bradley_terry(given_scores, score_bound=0)
     batch = {"groups": jnp.ones((1, 1))}
     with pytest.raises(
         ValueError, match=r"scores of shape \(1, 1, 3\).*`plackett_luce_nll` ranks more"

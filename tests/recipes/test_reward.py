@@ -155,6 +155,8 @@ class TestReward:
         assert said() == f"error: {tmp_path}/bad.jsonl: {sentence}"
 
     def test_a_bad_coefficient_is_one_clear_sentence(self, reward, said):
+        assert reward(score_bound=-1) == 1
+        assert "score_bound=-1.0 leaves scores no room" in said()
         assert reward(center_rewards_coefficient=-1) == 1
         assert "center_rewards_coefficient=-1.0 drives scores apart" in said()
 

@@ -37,7 +37,8 @@ def fisher(
         sampler: for the true Fisher, the policy: `draw(params, batch, key) -> [batch, seq]` tokens,
             which the loss finds as the batch's `targets`. Without it the Fisher is the empirical one.
         key: of the draws.
-        chunk: rows whose gradients are held at once. 1 takes the least memory.
+        chunk: rows whose gradients are held at once. 1 takes the least memory; a batch's rows are best
+            where devices share them, which all work on each chunk.
 
     Returns:
         A tree like the params, in float32 and laid out over devices as they are: any checkpointer

@@ -51,6 +51,24 @@ def centering(chosen: Scores, rejected: Scores) -> Scores:
     return (chosen + rejected) ** 2
 
 
+def bounding(chosen: Scores, rejected: Scores, bound: ArrayLike) -> Scores:
+    """`-ls(bound - r_w) - ls(bound + r_l)`: soft walls, so that no score is worth hunting for.
+
+    With it a score is an advantage: how far above or below what is expected of an answer, on every task
+    on the same scale.
+
+    Args:
+        chosen, rejected: scores r_w and r_l of both.
+        bound: how high a chosen and how low a rejected completion may score, positive; by task where
+            it is an array of the scores' shape.
+
+    Source: the idea of the Advantage Model of Peng et al. 2023, arXiv:2309.10202, which bounds the
+    scores of Bradley-Terry by a margin. This form of the walls is ours.
+    """
+    chex.assert_equal_shape([chosen, rejected])
+    return -log_sigmoid(bound - chosen) - log_sigmoid(bound + rejected)
+
+
 def rao_kupper_nll(
     chosen: Scores, rejected: Scores, tied: Bool[Array, "*pairs"], threshold: ArrayLike
 ) -> Scores:
@@ -205,7 +223,9 @@ def brier_score(
 # --- the loss of a model that scores -----------------------------------------------------------------
 
 
-def bradley_terry(scores_fn: Any, center_rewards_coefficient: float = 0.0) -> Loss:
+def bradley_terry(
+    scores_fn: Any, center_rewards_coefficient: float = 0.0, score_bound: float | None = None
+) -> Loss:
     """`sum_i w_i (-log sigmoid(r_w - r_l - margin) + coefficient (r_w + r_l)^2)` over a batch's pairs.
 
     The batch carries `groups`, `[batch, groups]`: the weight of each pair, summing to 1 over the global
@@ -218,9 +238,11 @@ def bradley_terry(scores_fn: Any, center_rewards_coefficient: float = 0.0) -> Lo
         scores_fn: `(params, batch, key) -> [batch, groups, 2]`, the chosen one's score first. Arrays that it
             needs are inputs if it is a `pytree`, or a `jax.tree_util.Partial` of them.
         center_rewards_coefficient: strength of the centring.
+        score_bound: adds `bounding` with this bound; None adds none.
 
     Raises:
-        ValueError: a coefficient below 0, or, when called, groups that are not pairs.
+        ValueError: a coefficient below 0, a bound that is not positive, or, when called, groups that
+            are not pairs.
 
     Source: agrees with TRL 1.16 `RewardTrainer`.
     """
@@ -228,14 +250,19 @@ def bradley_terry(scores_fn: Any, center_rewards_coefficient: float = 0.0) -> Lo
         raise ValueError(
             f"center_rewards_coefficient={center_rewards_coefficient} drives scores apart; use 0 or more"
         )
-    coefficient = np.float32(center_rewards_coefficient)
-    return Loss(_bradley_terry, (as_partial(scores_fn), coefficient))
+    if score_bound is not None and not 0 < score_bound < math.inf:
+        raise ValueError(
+            f"score_bound={score_bound} leaves scores no room; use one above 0, or None"
+        )
+    bound = None if score_bound is None else np.float32(score_bound)
+    inputs = as_partial(scores_fn), np.float32(center_rewards_coefficient), bound
+    return Loss(_bradley_terry, inputs)
 
 
 def _bradley_terry(
-    inputs: tuple[Any, Array], params: Params, batch: Batch, key: PRNGKeyArray | None
+    inputs: tuple[Any, Array, Array | None], params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Array, Metrics]:
-    scores_fn, coefficient = inputs
+    scores_fn, coefficient, bound = inputs
     weights = batch["groups"]
     scores = scores_fn(params, batch, key).astype(jnp.float32)
     if scores.shape != (*weights.shape, 2):
@@ -248,6 +275,8 @@ def _bradley_terry(
     chosen, rejected = scores[..., 0], scores[..., 1]
     margins = batch.get("margins", np.float32(0.0))
     each = pair_nll(chosen, rejected, margins) + coefficient * centering(chosen, rejected)
+    if bound is not None:
+        each += bounding(chosen, rejected, bound)
     metrics = {
         "accuracy": (chosen > rejected).astype(jnp.float32),
         "margin": chosen - rejected,

@@ -210,8 +210,11 @@ def _reserve(cache: Cache, new: int, segments: Array | None, window: int | None)
 
 
 def _shard_rows(x: Array, mesh: Mesh | None) -> Array:
-    """Says that rows are split over the data axes, so that the compiler need not guess."""
-    if mesh is None:
+    """Says that rows are split over the data axes, so that the compiler need not guess.
+
+    Not of a single row, which cannot be split: under `vmap` over examples it is the examples that are.
+    """
+    if mesh is None or x.shape[0] == 1:
         return x
     rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(rows, None, None)))

@@ -21,6 +21,8 @@ class Config(training.TrainConfig):
 
     center_rewards_coefficient: float = 0.0
     """Strength of the pull of a pair's two scores to a sum of zero."""
+    score_bound: float | None = None
+    """Soft walls: how high a chosen and how low a rejected completion may score."""
     packing: common.PackingName = "none"
     """One pair a row, or several."""
     learning_rate: float = 1e-4
@@ -29,15 +31,18 @@ class Config(training.TrainConfig):
 
 def main(config: Config) -> None:
     """Runs the job."""
-    coefficient = config.center_rewards_coefficient
-    loss_of = functools.partial(losses.bradley_terry, center_rewards_coefficient=coefficient)
+    loss_of = functools.partial(
+        losses.bradley_terry,
+        center_rewards_coefficient=config.center_rewards_coefficient,
+        score_bound=config.score_bound,
+    )
     loss_of(lambda params, batch, key: None)  # refuses a wrong number before anything is read
     job = training.Job(
         loss_of=lambda model: loss_of(scorer(model, config.adapter())),
         first_params=functools.partial(_first_params, config),
         save=functools.partial(_save, config),
         read=data.pair,
-        same=(*training.SAME, "center_rewards_coefficient"),
+        same=(*training.SAME, "center_rewards_coefficient", "score_bound"),
         tells_tokens=False,
     )
     training.run_job(config, job)
