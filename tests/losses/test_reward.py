@@ -345,8 +345,8 @@ def test_scores_far_beyond_the_bound_are_pulled_back_and_others_told_apart():
 def test_what_is_no_pair_or_no_coefficient_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="center_rewards_coefficient=-0.1 drives scores apart"):
         bradley_terry(given_scores, center_rewards_coefficient=-0.1)
-    with pytest.raises(ValueError, match="score_bound=0 leaves scores no room"):
-        bradley_terry(given_scores, score_bound=0)
+    with pytest.raises(ValueError, match="score_bound=0.0 leaves scores no room"):
+        bradley_terry(given_scores, score_bound=0.0)
     batch = {"groups": jnp.ones((1, 1))}
     with pytest.raises(
         ValueError, match=r"scores of shape \(1, 1, 3\).*`plackett_luce_nll` ranks more"
