@@ -17,7 +17,7 @@ os.environ.setdefault("NPROC", "16")  # XLA's threads; see trainjax.parallel.mes
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("trainjax", "beartype.beartype")
 
