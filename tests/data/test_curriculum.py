@@ -44,6 +44,14 @@ def test_each_epoch_draws_another_part_of_the_given_size(examples):
     assert visited(examples, seed=3, order=order, epoch=2) == parts[2]
 
 
+def test_an_evaluation_sees_every_example_whatever_the_order_of_training(examples):
+    plan = data.Plan(4, 128, data.unpacked, order=curriculum.fresh_subset(0.3))
+    batches = list(data.one_epoch(examples, plan))
+    rows = {int(row) for batch in batches for row in np.unique(batch["rows"])} - {-1}
+    assert rows == set(range(len(examples)))
+    assert sum(float(batch["weights"].sum()) for batch in batches) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_every_example_is_drawn_in_time(examples):
     order = curriculum.fresh_subset(0.3)
     seen = {i for n in range(40) for i in visited(examples, seed=0, order=order, epoch=n)}

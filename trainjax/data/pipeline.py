@@ -299,6 +299,9 @@ def one_epoch(examples: Examples, plan: Plan, mesh: Mesh | None = None) -> Itera
     """
     total = total_weight(examples, plan, list(range(len(examples)))) or 1.0
     rows, count = own_rows(plan.batch_size, mesh), len(examples)
+    plan = dataclasses.replace(
+        plan, order=shuffled
+    )  # that of training may be a part of the examples
     for batch in plan.epoch(examples, 0):
         arrays = fill(examples, plan, batch, rows=rows, total=total, num_groups=count)
         yield to_devices(arrays, mesh, plan.batch_size)
