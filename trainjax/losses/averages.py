@@ -7,10 +7,11 @@ only a part of it.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+
+from trainjax.losses.sequences import Segments, at_tokens, segment_sums
 
 
 def token_mean(
@@ -28,7 +29,7 @@ def token_mean(
 def sequence_mean_token_mean(
     mask: Bool[Array, "batch seq"],
     num_sequences: ArrayLike | None = None,
-    segments: Int[Array, "batch seq"] | None = None,
+    segments: Segments = None,
 ) -> Float[Array, "batch seq"]:
     """`1 / (S |y|)`: every sequence counts the same, and within it every action (GRPO, GSPO).
 
@@ -44,7 +45,7 @@ def sequence_mean_token_mean(
 def sequence_mean_token_sum(
     mask: Bool[Array, "batch seq"],
     num_sequences: ArrayLike | None = None,
-    segments: Int[Array, "batch seq"] | None = None,
+    segments: Segments = None,
 ) -> Float[Array, "batch seq"]:
     """`1 / S`: the mean over sequences of the sum over their actions (REINFORCE, RLOO).
 
@@ -62,7 +63,7 @@ def constant_length(
     mask: Bool[Array, "batch seq"],
     length: ArrayLike,
     num_sequences: ArrayLike | None = None,
-    segments: Int[Array, "batch seq"] | None = None,
+    segments: Segments = None,
 ) -> Float[Array, "batch seq"]:
     """`1 / (S length)`: a sum over actions that no sequence's own length divides (Dr. GRPO).
 
@@ -76,17 +77,14 @@ def constant_length(
 
 
 def sum_over_sequence(
-    x: Float[Array, "batch seq"], segments: Int[Array, "batch seq"] | None
+    x: Float[Array, "batch seq"], segments: Segments
 ) -> Float[Array, "batch seq"]:
     """The sum over a token's own sequence, at each token."""
-    if segments is None:
-        return jnp.broadcast_to(jnp.sum(x, axis=1, keepdims=True), x.shape)
-    count = x.shape[1] + 1  # segments are numbered from 1, and there are no more than tokens
-    return jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, num_segments=count)[s])(x, segments)
+    return jnp.broadcast_to(at_tokens(segment_sums(x, segments), segments), x.shape)
 
 
 def _share_of_sequence(
-    mask: Bool[Array, "batch seq"], segments: Int[Array, "batch seq"] | None
+    mask: Bool[Array, "batch seq"], segments: Segments
 ) -> Float[Array, "batch seq"]:
     """`1 / |y|` at the actions of each sequence: every sequence that has any sums to 1."""
     actions = mask.astype(jnp.float32)

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from trainjax.losses.combine import Schedule, as_partial, at_step
+from trainjax.losses.sequences import Segments, at_tokens, segment_sums
 from trainjax.losses.sft import nll
 from trainjax.types import Batch, Loss, Metrics, Params
 
@@ -203,7 +204,7 @@ def _reweighted(
         "unweighted_loss": nll(logprobs, weights),
         "kept": jnp.sum(jnp.where(factors > 0, priors, 0.0)),
     }
-    return nll(stats.logprobs, weights * _at_tokens(factors, segments)), metrics
+    return nll(stats.logprobs, weights * _at_tokens(factors, segments, weights.shape[0])), metrics
 
 
 def reweigh(policy: Any, weigh: Weigh, params: Params, batch: Batch) -> Batch:
@@ -217,7 +218,7 @@ def reweigh(policy: Any, weigh: Weigh, params: Params, batch: Batch) -> Batch:
     logprobs = policy(params, batch, None, where=weights != 0).logprobs
     factors = _factors(weigh, *example_losses(logprobs, weights, segments), batch.get("step"))
     rest = {name: value for name, value in batch.items() if name != "step"}
-    return rest | {"weights": weights * _at_tokens(factors, segments)}
+    return rest | {"weights": weights * _at_tokens(factors, segments, weights.shape[0])}
 
 
 def hardest(policy: Any, params: Params, batch: Batch, size: int) -> Batch:
@@ -244,7 +245,7 @@ def hardest(policy: Any, params: Params, batch: Batch, size: int) -> Batch:
 def example_losses(
     logprobs: Float[Array, "batch seq"],
     weights: Float[Array, "batch seq"],
-    segments: Int[Array, "batch seq"] | None = None,
+    segments: Segments = None,
 ) -> tuple[PerExample, PerExample]:
     """Loss and prior of each example: the weighted mean over its targets, and their weight.
 
@@ -256,12 +257,8 @@ def example_losses(
     return losses / jnp.where(priors > 0, priors, 1.0), priors
 
 
-def _by_example(values: Float[Array, "batch seq"], segments: Array | None) -> PerExample:
-    if segments is None:
-        return jnp.sum(values, axis=1)
-    places = values.shape[1] + 1
-    sums = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, places))(values, segments)
-    return sums.reshape(-1)
+def _by_example(values: Float[Array, "batch seq"], segments: Segments) -> PerExample:
+    return segment_sums(values, segments).reshape(-1)
 
 
 def _factors(weigh: Weigh, losses: PerExample, priors: PerExample, step: Any) -> PerExample:
@@ -271,9 +268,6 @@ def _factors(weigh: Weigh, losses: PerExample, priors: PerExample, step: Any) ->
     return jax.lax.stop_gradient(new * jnp.sum(priors) / jnp.where(priors > 0, priors, 1.0))
 
 
-def _at_tokens(per_example: PerExample, segments: Array | None) -> Float[Array, "batch tokens"]:
+def _at_tokens(per_example: PerExample, segments: Segments, rows: int) -> Float[Array, "batch _"]:
     """Each token's value of its example; `[batch, 1]` where a row is one example."""
-    if segments is None:
-        return per_example[:, None]
-    by_row = per_example.reshape(segments.shape[0], -1)
-    return jnp.take_along_axis(by_row, segments, axis=1)
+    return at_tokens(per_example.reshape(rows, -1), segments)
