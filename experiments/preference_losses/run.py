@@ -47,6 +47,7 @@ class Setting(NamedTuple):
     policy: policies.Policy
     batches: list[Batch]
     held_out: list[Batch]
+    num_held_out: int
     prompts: list[list[int]]
     learning_rate: float
 
@@ -88,6 +89,7 @@ def setting(args: argparse.Namespace) -> Setting:
         tj.policy(model, METHOD),
         list(itertools.islice(data.Loader(train, plan), args.steps)),
         list(data.one_epoch(test, whole)),
+        len(test),
         short[:: len(short) // args.samples][: args.samples],
         args.learning_rate,
     )
@@ -183,28 +185,26 @@ def loss_named(name: str, setting: Setting) -> Loss:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy beside what it costs in KL."""
+    """What each loss reaches, with one standard error, beside what it costs in KL."""
     from matplotlib.figure import Figure
 
-    figure = Figure((7.5, 4.2), layout="constrained", dpi=130)
-    axes = figure.subplots()
     base, *rest = results
-    axes.axhline(100 * base["likelier"], color="0.8", label="before: the likelier answer is right")
-    for result in rest:
-        axes.plot(result["kl"], 100 * result["likelier"], "o", color="C0")
-        axes.annotate(
-            result["loss"],
-            (result["kl"], 100 * result["likelier"]),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=7,
-        )
-    axes.set(
-        xlabel="KL to the reference (nats per sampled answer)",
-        ylabel="held-out pairs whose right answer\nis the likelier one, %",
-        xscale="symlog",
-    )
-    axes.legend(frameon=False)
+    rest.sort(key=lambda result: result["likelier"])
+    figure = Figure((7.5, 5.0), layout="constrained", dpi=130)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    percent = [100 * result["likelier"] for result in rest]
+    error = [(p * (100 - p) / base["pairs"]) ** 0.5 for p in percent]
+    left.errorbar(percent, range(len(rest)), xerr=error, fmt="o", color="C0", ecolor="0.8")
+    left.axvline(100 * base["likelier"], color="0.6", linewidth=1)
+    left.text(100 * base["likelier"] + 0.3, len(rest) - 0.3, "before", color="0.4", va="center")
+    left.set_ylim(-0.7, len(rest) + 0.2)
+    left.set_yticks(range(len(rest)), [result["loss"] for result in rest])
+    left.set_xlabel("held-out pairs whose right answer\nis the likelier one, %")
+    right.plot([result["kl"] for result in rest], range(len(rest)), "o", color="C1")
+    right.set(xscale="log", xlabel="KL to the reference\n(nats per sampled answer)")
+    for axes in (left, right):
+        axes.grid(axis="y", color="0.95")
+        axes.set_axisbelow(True)
     figure.savefig(path)
 
 
@@ -212,11 +212,11 @@ def main() -> None:
     """Trains and judges every loss that is not done yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/preference_losses"))
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--held-out", type=int, default=256, help="rows of the test split")
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -236,7 +236,8 @@ def main() -> None:
             if name != "before":
                 adapter, values = trained(common, loss_named(name, common), args.seed)
             result = {"loss": name, **held_out(common, adapter), **sampled(common, adapter, 1)}
-            result |= {"seconds": time.perf_counter() - start, "losses": values}
+            result |= {"pairs": common.num_held_out, "seconds": time.perf_counter() - start}
+            result |= {"losses": values}
             results.append(result)
             print(json.dumps(result), file=out, flush=True)
             print(row(result), flush=True)
