@@ -71,6 +71,15 @@ def test_a_loss_without_a_reference_and_one_with_supervision(dpo, tmp_path):
     assert "mean_token_accuracy" in toy.trace(tmp_path / "other")[0]
 
 
+def test_soft_labels_are_made_of_margins(dpo, tmp_path, capsys):
+    assert dpo(loss__name="dno") == 1
+    assert "dno learns from scores, and these pairs have none" in capsys.readouterr().err
+    rows = [pair | {"margin": 2.0} for pair in PAIRS]
+    data = toy.write_jsonl(tmp_path / "margins.jsonl", rows)
+    assert dpo(loss__name="dno", data=data, out=tmp_path / "soft") == 0
+    assert toy.trace(tmp_path / "soft")[-1]["rewards/accuracies"] == 1
+
+
 def test_several_losses_are_added_with_their_weights(dpo, tmp_path):
     flags = ("--loss.name", "sigmoid", "simpo", "--loss.weight", 0.5, 2, "--loss.gamma", 0.2)
     assert dpo(*flags, steps=2) == 0

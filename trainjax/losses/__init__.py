@@ -14,6 +14,7 @@ from trainjax.losses.continual import (
 from trainjax.losses.kto import kto
 from trainjax.losses.policy import cispo, grpo, gspo, ppo, reinforce
 from trainjax.losses.preference import dpo, pairwise
+from trainjax.losses.ranking import listwise
 from trainjax.losses.reward import bradley_terry
 from trainjax.losses.reweight import (
     hard_self_paced,
@@ -45,6 +46,7 @@ __all__ = [
     "kto",
     "l2_sp",
     "lin_upper",
+    "listwise",
     "lwf",
     "o_lora",
     "on",

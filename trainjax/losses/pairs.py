@@ -27,6 +27,7 @@ class Pairs(NamedTuple):
         chosen_length, rejected_length: tokens of the completions.
         weights: of each pair; sums to 1 over the batch. Only losses that compare pairs with one
             another read it.
+        margins: by how much the chosen one scores higher, where the data say. Only `dno` reads it.
     """
 
     chosen: Scores
@@ -36,6 +37,7 @@ class Pairs(NamedTuple):
     chosen_length: Scores
     rejected_length: Scores
     weights: Scores
+    margins: Scores | None = None
 
     @property
     def c(self) -> Scores:
@@ -133,7 +135,8 @@ def pairs_of(
     if reference_logprobs is not None:
         ref_chosen, ref_rejected = split(sequences(reference_logprobs, batch, size=2))
     lengths = ours.lengths[..., 0], ours.lengths[..., 1]
-    return Pairs(chosen, rejected, ref_chosen, ref_rejected, *lengths, batch["groups"])
+    rest = *lengths, batch["groups"], batch.get("margins")
+    return Pairs(chosen, rejected, ref_chosen, ref_rejected, *rest)
 
 
 def _at(per_group: Float[Array, "batch groups 1"], batch: Batch, summed: Sequences) -> Array:

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,18 +203,23 @@ def aot_unpaired(
     return _sorted_logistic(pairs.c, pairs.r, pairs.weights, beta, label_smoothing)
 
 
-def dno(
-    pairs: Pairs,
-    chosen_scores: Scores,
-    rejected_scores: Scores,
-    beta: float | Array = 0.1,
-) -> Scores:
+def dno(pairs: Pairs, beta: float | Array = 0.1) -> Scores:
     """`-p ls(x) - (1 - p) ls(-x)` with `x = beta delta` and `p = s(score_w - score_l)`: soft labels.
+
+    Args:
+        pairs: with margins, the difference of the scores: the column `margin` of the rows.
+        beta: above 0.
+
+    Raises:
+        ValueError: pairs without margins.
 
     Source: Rosset et al. 2024, arXiv:2404.03715, eq. 8, with `eta = beta`.
     """
-    chex.assert_equal_shape([pairs.chosen, chosen_scores, rejected_scores])
-    x, p = _positive("beta", beta) * pairs.delta, jax.nn.sigmoid(chosen_scores - rejected_scores)
+    if pairs.margins is None:
+        raise ValueError(
+            "dno learns from scores, and these pairs have none: give each row a margin"
+        )
+    x, p = _positive("beta", beta) * pairs.delta, jax.nn.sigmoid(pairs.margins)
     return -p * _ls(x) - (1 - p) * _ls(-x)
 
 

@@ -1,0 +1,125 @@
+"""Losses on lists: against loops over pairs and choices, and what a policy learns from them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import trainjax as tj
+from tests import toy
+from trainjax.losses import preference, ranking
+from trainjax.losses.pairs import Pairs
+
+MASK = np.array([[True, True, True, True], [True, False, True, True], [True, True, False, False]])
+
+
+def random_lists(seed: int = 0, dtype: type = np.float32) -> ranking.Lists:
+    """Three lists of up to four, with some equal scores; what is not there is not a number."""
+    rng = np.random.default_rng(seed)
+    logprobs, reference = -rng.gamma(4.0, 2.0, (2, 3, 4))
+    lengths = rng.integers(1, 9, (3, 4)).astype(dtype)
+    scores = rng.integers(0, 3, (3, 4)).astype(dtype)
+    arrays = (logprobs.astype(dtype), reference.astype(dtype), np.where(MASK, lengths, 0), scores)
+    return ranking.Lists(*map(jnp.asarray, arrays), jnp.asarray(MASK))
+
+
+def by_hand(lists: ranking.Lists, group: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """A group's members, best first and else in order; mean log-probabilities; log-ratios."""
+    members = np.flatnonzero(MASK[group])
+    logprobs, reference, lengths, scores = (np.asarray(x[group], np.float64) for x in lists[:4])
+    order = sorted(members, key=lambda i: -scores[i])
+    return order, logprobs / np.maximum(lengths, 1), logprobs - reference
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rrhf_is_its_loops(seed):
+    lists, expected = random_lists(seed), []
+    for group in range(3):
+        order, means, _ = by_hand(lists, group)
+        scores = np.asarray(lists.scores[group])
+        wrong = sum(
+            max(0.0, means[i] - means[j]) for i in order for j in order if scores[i] < scores[j]
+        )
+        expected.append(wrong - 0.5 * means[order[0]])
+    np.testing.assert_allclose(ranking.rrhf(lists, 0.5), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_ranking_is_one_choice_after_another(seed):
+    lists, expected = random_lists(seed), []
+    for group in range(3):
+        order, _, ratios = by_hand(lists, group)
+        strengths = np.exp(0.1 * ratios[order])
+        chances = [strengths[k] / strengths[k:].sum() for k in range(len(order))]
+        expected.append(-np.log(chances).sum())
+    np.testing.assert_allclose(ranking.plackett_luce(lists, 0.1), expected, rtol=1e-5)
+
+
+def pairs_and_lists() -> tuple[Pairs, ranking.Lists]:
+    """The same pairs in both forms, the chosen one first in some lists and second in others."""
+    rng = np.random.default_rng(1)
+    w, l, ref_w, ref_l = jnp.asarray(-rng.gamma(4.0, 2.0, (4, 6)), jnp.float32)
+    n_w, n_l = jnp.asarray(rng.integers(1, 9, (2, 6)), jnp.float32)
+    swap = np.arange(6) % 2 == 0
+
+    def side_by_side(one, other):
+        return jnp.stack([jnp.where(swap, other, one), jnp.where(swap, one, other)], axis=-1)
+
+    scores = side_by_side(jnp.full(6, 2.0), jnp.full(6, -1.0))
+    arrays = (side_by_side(w, l), side_by_side(ref_w, ref_l), side_by_side(n_w, n_l), scores)
+    return (
+        Pairs(w, l, ref_w, ref_l, n_w, n_l, jnp.full(6, 1 / 6)),
+        ranking.Lists(*arrays, jnp.ones((6, 2), bool)),
+    )
+
+
+def test_of_two_completions_they_are_the_losses_of_pairs():
+    pairs, lists = pairs_and_lists()
+    found = ranking.plackett_luce(lists, 0.1)
+    np.testing.assert_allclose(found, preference.sigmoid(pairs, 0.1), rtol=1e-5)
+    np.testing.assert_allclose(ranking.rrhf(lists), preference.rrhf(pairs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [ranking.plackett_luce, ranking.rrhf])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_gradients_are_finite_and_none_goes_to_what_is_not_there(loss, size):
+    lists = random_lists()
+    gradient = jax.grad(lambda x: loss(lists._replace(logprobs=x)).sum())(size * lists.logprobs)
+    assert np.isfinite(gradient).all()
+    assert not np.asarray(gradient)[~MASK].any()
+
+
+ROWS = [
+    {"prompt": f"say {i}", "completions": ["ab", f"no {i}", "ab ab"][: 2 + i % 2], "scores": scores}
+    for i in range(8)
+    for scores in [[2.0, 0.0, 1.0][: 2 + i % 2]]
+]
+
+
+@pytest.mark.parametrize("loss", [ranking.plackett_luce, ranking.rrhf])
+def test_a_policy_learns_the_order_of_lists_of_unequal_length(loss):
+    model = tj.models.random_model(toy.CONFIG, jax.random.key(0), tokenizer=toy.tokenizer())
+    method = tj.peft.lora(rank=4)
+    reference = None if loss is ranking.rrhf else tj.reference(model)
+    objective = tj.losses.listwise(tj.policy(model, method), reference, loss)
+    batches = tj.data.preferences(ROWS, model.tokenizer, batch_size=8, max_length=64)
+    tx = optax.adam(2e-2)
+    step, state = (
+        tj.train.make_step(tx),
+        tj.train.init(method.init(jax.random.key(0), model.params), tx),
+    )
+    records = []
+    for _ in range(12):
+        state, metrics = step(state, objective, next(batches))
+        records.append({name: float(value) for name, value in metrics.items()})
+    assert records[-1]["loss"] < records[0]["loss"] - 0.05
+    assert records[-1]["best_accuracy"] == 1
+
+
+def test_batches_without_scores_are_refused():
+    loss = tj.losses.listwise(lambda *args, **kwargs: None, None)
+    with pytest.raises(ValueError, match=r"no scores.*prompt, completions, scores"):
+        loss({}, {"completions": jnp.ones((1, 2), int), "groups": jnp.ones((1, 1))})
