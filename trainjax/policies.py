@@ -220,13 +220,17 @@ class CachedReference:
 
 
 def reference_logprobs(reference: Reference) -> Callable[[Batch], Float[Array, "batch seq"]]:
-    """`(batch) -> logprobs` of the tokens of completions, jitted; what `data.with_reference` calls."""
+    """`(batch) -> logprobs` of the targets, jitted; what `data.with_reference` calls.
+
+    Targets are the tokens of all completions, and where a batch compares none those that are trained on.
+    """
     return functools.partial(_logprobs, reference)
 
 
 @platform.jit
 def _logprobs(reference: Reference, batch: Batch) -> Float[Array, "batch seq"]:
-    return reference(batch, where=batch["completions"] > 0).logprobs
+    targets = batch["completions"] > 0 if "completions" in batch else batch["weights"] != 0
+    return reference(batch, where=targets).logprobs
 
 
 def _shifted(x: Array) -> Array:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import trainjax as tj
 from tests import toy
-from trainjax import data
+from trainjax import data, policies
 from trainjax.data import curriculum
 
 
@@ -74,6 +77,25 @@ def test_the_reference_s_loss_is_the_mean_over_targets(examples):
         np.testing.assert_allclose(
             found[i], -logprobs[here][examples.trained[here]].mean(), rtol=1e-6
         )
+
+
+def test_a_models_own_loss_orders_plain_examples_and_goes_into_their_batches(examples):
+    model = tj.models.random_model(toy.CONFIG, jax.random.key(0))
+    logprobs = policies.reference_logprobs(tj.reference(model))
+    known = data.with_reference(examples, logprobs)
+    loss = tj.losses.sft(tj.policy(model))
+    for batch, row in zip(one_a_batch(known), curriculum.reference_loss(known), strict=True):
+        np.testing.assert_allclose(loss(model.params, batch)[0], row, rtol=1e-5)
+        stored = jnp.sum(batch["weights"] * batch["reference_logprobs"])
+        np.testing.assert_allclose(-stored, row, rtol=1e-5)
+
+
+def one_a_batch(examples):
+    return [
+        {name: jnp.asarray(value) for name, value in data.fill(examples, plan, batch).items()}
+        for plan in [data.Plan(1, 64, data.unpacked, seed=None, buckets=1)]
+        for batch in plan.epoch(examples, 0)
+    ]
 
 
 WRONG = {

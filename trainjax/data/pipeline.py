@@ -147,6 +147,8 @@ def fill(
         "segments": np.zeros(shape, np.int32),
         "positions": np.zeros(shape, np.int32),
     }
+    if examples.reference is not None:
+        out["reference_logprobs"] = np.zeros(shape, np.float32)
     for row, members in enumerate(padded[rows]):
         at = 0
         weights = plan.weigh(examples, np.asarray(members, np.int64))
@@ -158,6 +160,8 @@ def fill(
             out["rows"][row, here] = examples.rows[example]
             out["segments"][row, here] = segment
             out["positions"][row, here] = np.arange(here.stop - here.start)
+            if examples.reference is not None:
+                out["reference_logprobs"][row, here] = examples.reference[taken]
             at = here.stop
     if examples.groups is not None:
         weight = 1.0 / (num_groups or sum(map(len, batch.rows)))
@@ -182,8 +186,6 @@ def _group_arrays(
     out["groups"] = np.zeros((len(rows), slots), np.float32)
     for name, values in groups.values.items():
         out[name] = np.zeros((len(rows), slots, *values.shape[1:]), np.float32)
-    if examples.reference is not None:
-        out["reference_logprobs"] = np.zeros((len(rows), batch.length), np.float32)
     for row, members in enumerate(rows):
         at = 0
         for slot, example in enumerate(members):
@@ -200,8 +202,6 @@ def _group_arrays(
             out["groups"][row, slot] = weight
             for name, values in groups.values.items():
                 out[name][row, slot] = values[example]
-            if examples.reference is not None:
-                out["reference_logprobs"][row, here] = examples.reference[taken]
             at = here.stop
     if not groups.shares_prompts:
         del out["prefixes"]
@@ -299,9 +299,8 @@ def one_epoch(examples: Examples, plan: Plan, mesh: Mesh | None = None) -> Itera
     """
     total = total_weight(examples, plan, list(range(len(examples)))) or 1.0
     rows, count = own_rows(plan.batch_size, mesh), len(examples)
-    plan = dataclasses.replace(
-        plan, order=shuffled
-    )  # that of training may be a part of the examples
+    # The order of training may visit a part of the examples, or be one of other examples.
+    plan = dataclasses.replace(plan, order=shuffled)
     for batch in plan.epoch(examples, 0):
         arrays = fill(examples, plan, batch, rows=rows, total=total, num_groups=count)
         yield to_devices(arrays, mesh, plan.batch_size)

@@ -36,7 +36,7 @@ def with_reference(
     """The examples with what a reference makes of their tokens; batches carry it from then on.
 
     Args:
-        examples: groups of completions, from `encode_groups`.
+        examples: from `encode` or `encode_groups`.
         logprobs: the reference, jitted: `(batch) -> [batch, seq]` float32.
         batch_size: rows at once.
         mesh: the mesh that rows are split over.
