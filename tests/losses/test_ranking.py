@@ -123,3 +123,15 @@ def test_batches_without_scores_are_refused():
     loss = tj.losses.listwise(lambda *args, **kwargs: None, None)
     with pytest.raises(ValueError, match=r"no scores.*prompt, completions, scores"):
         loss({}, {"completions": jnp.ones((1, 2), int), "groups": jnp.ones((1, 1))})
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"),
+    [
+        ({"bata": 0.1}, "plackett_luce has no coefficient 'bata'; did you mean 'beta'"),
+        ({"beta": 0.0}, "beta=0.0: it is above 0"),
+    ],
+)
+def test_coefficients_that_mean_nothing_are_refused(coefficients, message):
+    with pytest.raises(ValueError, match=message):
+        tj.losses.listwise(None, None, ranking.plackett_luce, **coefficients)

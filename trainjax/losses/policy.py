@@ -22,7 +22,7 @@ these sum to 1; otherwise divide them by `total_weight`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +30,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
+from trainjax.losses.coefficients import as_input, is_number
 from trainjax.losses.divergence import (
     KLEstimator,
     k3,
@@ -182,9 +183,9 @@ def cispo(
 
     Source: MiniMax-M1, arXiv:2506.13585, eq. 4; agrees with TRL 1.16 `loss_type="cispo"`.
     """
-    if _is_number(max_ratio) and not max_ratio > 0:
+    if is_number(max_ratio) and not max_ratio > 0:
         raise ValueError(f"max_ratio={max_ratio} cuts every weight; use a positive one, such as 5")
-    bounds = _coefficient(max_ratio)
+    bounds = as_input(max_ratio)
     return Loss(_cispo, _inputs(policy, bounds, beta, estimator, entropy_coef, max_sampler_ratio))
 
 
@@ -322,11 +323,11 @@ def _ratio_metrics(now: _Tokens, ratio: Array, cut: Array) -> Metrics:
 
 
 def _inputs(policy, bounds, beta, estimator, entropy_coef, max_sampler_ratio) -> _Inputs:
-    if _is_number(beta) and not beta >= 0:
+    if is_number(beta) and not beta >= 0:
         raise ValueError(f"beta={beta} rewards distance from the reference; use 0 or more")
-    if _is_number(entropy_coef) and not entropy_coef >= 0:
+    if is_number(entropy_coef) and not entropy_coef >= 0:
         raise ValueError(f"entropy_coef={entropy_coef} punishes entropy; use 0 or more")
-    if _is_number(max_sampler_ratio) and not max_sampler_ratio > 0:
+    if is_number(max_sampler_ratio) and not max_sampler_ratio > 0:
         raise ValueError(
             f"max_sampler_ratio={max_sampler_ratio} cuts every weight; use a positive one, such as 2"
         )
@@ -335,32 +336,23 @@ def _inputs(policy, bounds, beta, estimator, entropy_coef, max_sampler_ratio) ->
         bounds=bounds,
         beta=_unless_zero(beta),
         entropy_coef=_unless_zero(entropy_coef),
-        max_sampler_ratio=_coefficient(max_sampler_ratio),
+        max_sampler_ratio=as_input(max_sampler_ratio),
         estimator=estimator,
     )
 
 
 def _checked_clip(epsilon_low: Any, epsilon_high: Any, dual_clip: Any) -> _Clip:
-    if _is_number(epsilon_low) and not 0 <= epsilon_low <= 1:
+    if is_number(epsilon_low) and not 0 <= epsilon_low <= 1:
         raise ValueError(
             f"epsilon_low={epsilon_low} is not within [0, 1]: a ratio is never negative"
         )
-    if _is_number(epsilon_high) and not epsilon_high >= 0:
+    if is_number(epsilon_high) and not epsilon_high >= 0:
         raise ValueError(f"epsilon_high={epsilon_high} clips at ratios below 1; use 0 or more")
-    if _is_number(dual_clip) and not dual_clip > 1:
+    if is_number(dual_clip) and not dual_clip > 1:
         raise ValueError(f"dual_clip={dual_clip} is not above 1, the ratio of an unchanged policy")
-    return _Clip(*map(_coefficient, (epsilon_low, epsilon_high, dual_clip)))
-
-
-def _is_number(x: Any) -> TypeGuard[float]:
-    return isinstance(x, int | float)
+    return _Clip(*map(as_input, (epsilon_low, epsilon_high, dual_clip)))
 
 
 def _unless_zero(x: Any) -> Any:
     """None for the number 0: a term that is off costs nothing, the reference's forward pass least."""
-    return None if _is_number(x) and x == 0 else _coefficient(x)
-
-
-def _coefficient(x: Any) -> Any:
-    """A Python number as float32, so that 1 and 0.5 run the same program of the step."""
-    return np.float32(x) if _is_number(x) else x
+    return None if is_number(x) and x == 0 else as_input(x)

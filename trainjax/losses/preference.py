@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from trainjax.losses.coefficients import as_input, check_names, is_number, positive
 from trainjax.losses.combine import as_partial
 from trainjax.losses.pairs import (
     Pairs,
@@ -34,7 +35,6 @@ from trainjax.losses.pairs import (
     wpo_weights,
 )
 from trainjax.ops.vocab import Extras
-from trainjax.tree import nearest
 from trainjax.types import Batch, Loss, Metrics, Params
 
 _ls = jax.nn.log_sigmoid
@@ -59,7 +59,7 @@ def sigmoid(
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; smoothing, Mitchell 2023, "A note on DPO
     with noisy preferences". Agrees with TRL 1.16.
     """
-    return _logistic(_positive("beta", beta) * pairs.delta, _smoothing(label_smoothing))
+    return _logistic(positive("beta", beta) * pairs.delta, _smoothing(label_smoothing))
 
 
 def robust(pairs: Pairs, beta: float | Array = 0.1, label_smoothing: float | Array = 0.1) -> Scores:
@@ -67,7 +67,7 @@ def robust(pairs: Pairs, beta: float | Array = 0.1, label_smoothing: float | Arr
 
     Source: Ray Chowdhury et al. 2024, arXiv:2403.00409, eq. 12. Agrees with TRL 1.16.
     """
-    x, eps = _positive("beta", beta) * pairs.delta, _smoothing(label_smoothing)
+    x, eps = positive("beta", beta) * pairs.delta, _smoothing(label_smoothing)
     return (-(1 - eps) * _ls(x) + eps * _ls(-x)) / (1 - 2 * eps)
 
 
@@ -77,7 +77,7 @@ def hinge(pairs: Pairs, beta: float | Array = 0.1) -> Scores:
     Source: SLiC, Zhao et al. 2023, arXiv:2305.10425, normalised as in RSO, Liu et al. 2023,
     arXiv:2309.06657, eq. 11. Agrees with TRL 1.16.
     """
-    return jax.nn.relu(1 - _positive("beta", beta) * pairs.delta)
+    return jax.nn.relu(1 - positive("beta", beta) * pairs.delta)
 
 
 def ipo(pairs: Pairs, beta: float | Array = 0.1) -> Scores:
@@ -85,7 +85,7 @@ def ipo(pairs: Pairs, beta: float | Array = 0.1) -> Scores:
 
     Source: Azar et al. 2023, arXiv:2310.12036, eq. 17, with `tau = beta`. Agrees with TRL 1.16.
     """
-    return (_mean_delta(pairs) - 1 / (2 * _positive("beta", beta))) ** 2
+    return (_mean_delta(pairs) - 1 / (2 * positive("beta", beta))) ** 2
 
 
 def exo_pair(
@@ -101,7 +101,7 @@ def exo_pair(
 
     Source: Ji et al. 2024, arXiv:2402.00856, eq. 16. Agrees with TRL 1.16.
     """
-    x, eps = _positive("beta", beta) * pairs.delta, _smoothing(label_smoothing, pole=True)
+    x, eps = positive("beta", beta) * pairs.delta, _smoothing(label_smoothing, pole=True)
     chosen = jax.nn.sigmoid(x) * (_ls(x) - jnp.log1p(-eps))
     return chosen + jax.nn.sigmoid(-x) * (_ls(-x) - jnp.log(eps))
 
@@ -134,7 +134,7 @@ def sppo_hard(pairs: Pairs, beta: float | Array = 0.1) -> Scores:
 
     Source: Wu et al. 2024, arXiv:2405.00675, eq. 4.7 with probabilities 1 and 0. Agrees with TRL 1.16.
     """
-    half = 1 / (2 * _positive("beta", beta))
+    half = 1 / (2 * positive("beta", beta))
     return (pairs.c - half) ** 2 + (pairs.r + half) ** 2
 
 
@@ -167,7 +167,7 @@ def discopop(pairs: Pairs, beta: float | Array = 0.05, tau: float | Array = 0.05
 
     Source: Lu et al. 2024, arXiv:2406.08414, eq. 5. Agrees with TRL 1.16.
     """
-    x, tau = _positive("beta", beta) * pairs.delta, _positive("tau", tau)
+    x, tau = positive("beta", beta) * pairs.delta, positive("tau", tau)
     # exp(-x) and m are formed together: alone, the one overflows where the other is zero.
     return -jax.nn.sigmoid(-x / tau) * _ls(x) + jnp.exp(_ls(x / tau) - x)
 
@@ -178,7 +178,7 @@ def sigmoid_norm(pairs: Pairs, beta: float | Array = 2.0) -> Scores:
     Source: Meng et al. 2024, arXiv:2405.14734, table 3; Lambert et al. 2024, arXiv:2411.15124, eq. 6.
     Agrees with TRL 1.16.
     """
-    return -_ls(_positive("beta", beta) * _mean_delta(pairs))
+    return -_ls(positive("beta", beta) * _mean_delta(pairs))
 
 
 def aot(pairs: Pairs, beta: float | Array = 0.1, label_smoothing: float | Array = 0.0) -> Scores:
@@ -219,7 +219,7 @@ def dno(pairs: Pairs, beta: float | Array = 0.1) -> Scores:
         raise ValueError(
             "dno learns from scores, and these pairs have none: give each row a margin"
         )
-    x, p = _positive("beta", beta) * pairs.delta, jax.nn.sigmoid(pairs.margins)
+    x, p = positive("beta", beta) * pairs.delta, jax.nn.sigmoid(pairs.margins)
     return -p * _ls(x) - (1 - p) * _ls(-x)
 
 
@@ -237,7 +237,7 @@ def simpo(pairs: Pairs, beta: float | Array = 2.0, gamma: float | Array = 1.0) -
     Source: Meng et al. 2024, arXiv:2405.14734, eq. 6. Agrees with TRL 1.16 (`simpo_gamma`).
     """
     means = pairs.chosen_mean - pairs.rejected_mean
-    return -_ls(_positive("beta", beta) * means - gamma)
+    return -_ls(positive("beta", beta) * means - gamma)
 
 
 def orpo(pairs: Pairs, beta: float | Array = 0.1) -> Scores:
@@ -251,7 +251,7 @@ def orpo(pairs: Pairs, beta: float | Array = 0.1) -> Scores:
     """
     chosen, rejected = pairs.chosen_mean, pairs.rejected_mean
     ratio = _log_odds(chosen) - _log_odds(rejected)
-    return -chosen - _positive("beta", beta) * _ls(ratio)
+    return -chosen - positive("beta", beta) * _ls(ratio)
 
 
 def cpo(
@@ -270,7 +270,7 @@ def cpo(
 
     Source: Xu et al. 2024, arXiv:2401.08417, eq. 3-5. Agrees with TRL 1.16.
     """
-    x = _positive("beta", beta) * (pairs.chosen - pairs.rejected)
+    x = positive("beta", beta) * (pairs.chosen - pairs.rejected)
     return _logistic(x, _smoothing(label_smoothing)) - alpha * pairs.chosen_mean
 
 
@@ -338,7 +338,7 @@ def pairwise(
     if ld_alpha is not None and not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha={ld_alpha} is a weight from 0 to 1")
     _check_coefficients(loss, coefficients)
-    numbers = {name: _array(value) for name, value in coefficients.items()}
+    numbers = {name: as_input(value) for name, value in coefficients.items()}
     inputs = {
         "policy": policy,
         "reference": reference,
@@ -390,7 +390,7 @@ def _logistic(x: Scores, eps: Any) -> Scores:
 
 
 def _rewards(pairs: Pairs, beta: Any) -> tuple[Scores, Scores]:
-    beta = _positive("beta", beta)
+    beta = positive("beta", beta)
     return beta * pairs.c, beta * pairs.r
 
 
@@ -408,7 +408,7 @@ def _sorted_logistic(one: Scores, other: Scores, weights: Scores, beta: Any, eps
         jnp.where(known, jnp.sort(jnp.where(real, x, jnp.inf), axis=None), 0.0)
         for x in (one, other)
     )
-    x = _positive("beta", beta) * (first - second)
+    x = positive("beta", beta) * (first - second)
     each = jnp.where(known, _logistic(x, _smoothing(eps)), 0.0)
     # Every slot gets the mean, since the values sorted into it are no pair's own.
     return jnp.full(weights.shape, jnp.sum(each) / jnp.maximum(count, 1).astype(each.dtype))
@@ -422,33 +422,17 @@ def _log_odds(mean: Scores) -> Scores:
     return mean - jnp.where(near, jnp.log(-jnp.expm1(safe_near)), jnp.log1p(-jnp.exp(safe_far)))
 
 
-def _positive(name: str, value: Any) -> Any:
-    if isinstance(value, int | float) and not value > 0:
-        raise ValueError(f"{name}={value}: it is above 0")
-    return value
-
-
 def _smoothing(value: Any, *, pole: bool = False) -> Any:
-    if isinstance(value, int | float) and not (0 < value < 0.5 if pole else 0 <= value < 0.5):
+    if is_number(value) and not (0 < value < 0.5 if pole else 0 <= value < 0.5):
         low = "above 0" if pole else "from 0"
         raise ValueError(f"label_smoothing={value}: a share of wrong labels, {low} to below 0.5")
     return value
 
 
-def _array(value: Any) -> Any:
-    return np.float32(value) if isinstance(value, int | float) else value
-
-
 def _check_coefficients(loss: PairLoss, coefficients: dict[str, Any]) -> None:
     """Runs the loss on one pair without computing it: a loss refuses numbers that it cannot use."""
-    known = list(inspect.signature(loss).parameters)[1:]
-    for name in coefficients:
-        if name not in known:
-            raise ValueError(
-                f"{loss.__name__} has no coefficient {name!r}{nearest(name, known)}; it has "
-                f"{', '.join(known)}"
-            )
-    numbers = {k: float(v) for k, v in coefficients.items() if isinstance(v, int | float)}
+    check_names(loss, coefficients)
+    numbers = {k: float(v) for k, v in coefficients.items() if is_number(v)}
     zero = jax.ShapeDtypeStruct((), jnp.float32)
     one = (zero,) * len(Pairs._fields)
     if len(numbers) == len(coefficients):

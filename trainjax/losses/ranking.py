@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from trainjax.losses.coefficients import as_input, check_names, positive
 from trainjax.losses.reward import plackett_luce_nll
 from trainjax.losses.sequences import sequences
 from trainjax.types import Batch, Loss, Metrics, Params
@@ -60,7 +60,7 @@ def plackett_luce(lists: Lists, beta: float | Array = 0.1) -> PerGroup:
 
     Args:
         lists: log-probabilities and scores.
-        beta: strength of the tie to the reference.
+        beta: strength of the tie to the reference, above 0.
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 20.
     """
@@ -102,11 +102,13 @@ def listwise(
         **coefficients: the loss's own; arrays or numbers, which are inputs of the program.
 
     Raises:
-        ValueError: when called, a batch without scores.
+        ValueError: a coefficient that the loss does not have; a beta that is not above 0; when called, a
+            batch without scores.
     """
-    numbers = {
-        k: np.float32(v) if isinstance(v, int | float) else v for k, v in coefficients.items()
-    }
+    check_names(loss, coefficients)
+    if "beta" in coefficients:
+        positive("beta", coefficients["beta"])
+    numbers = {name: as_input(value) for name, value in coefficients.items()}
     return Loss(_Listwise(loss), {"policy": policy, "reference": reference, "numbers": numbers})
 
 
