@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from trainjax import rollout as rollout
     from trainjax import train as train
     from trainjax import tree as tree
+    from trainjax.models import from_linen as from_linen
+    from trainjax.models import from_nnx as from_nnx
     from trainjax.models import load as load
     from trainjax.models import load_adapter as load_adapter
     from trainjax.models import load_scorer as load_scorer
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from trainjax.scorers import scorer as scorer
 
 _HOMES = {
+    "from_linen": "trainjax.models",
+    "from_nnx": "trainjax.models",
     "generate": "trainjax.rollout",
     "init_scorer": "trainjax.scorers",
     "load": "trainjax.models",

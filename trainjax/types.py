@@ -126,6 +126,18 @@ class Weight(abc.ABC):
         """
         return {}
 
+    def through(self, product: Callable[[Array, Array], Array], x: Array) -> Array:
+        """`product(x, w)` for another product than `x @ w`, such as a convolution with w as its kernel.
+
+        By default of the dense matrix, which is small beside what a convolution makes. A weight that
+        is made of thinner parts goes through with these.
+
+        Args:
+            product: `(x, matrix) -> [..., columns]`, linear in the matrix and column by column.
+            x: what it takes, such as images.
+        """
+        return product(x, self.dense().astype(x.dtype))
+
 
 @pytree
 class Frozen:

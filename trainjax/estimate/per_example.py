@@ -104,7 +104,7 @@ def _add_batch(
         return jax.tree.map(jnp.add, total, values), None
 
     total, _ = jax.lax.scan(of_chunk, total, chunks)
-    return total, jnp.sum(jnp.any(targets, axis=1))
+    return total, jnp.sum(jnp.any(targets.reshape(len(targets), -1), axis=1))
 
 
 def _chunked(rows: Array, chunk: int) -> Array:

@@ -5,13 +5,26 @@ architecture and `TENSORS` that names the tensors. Nothing registers it; the fil
 with an underscore are the common part.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from trainjax.models._adapters import is_scorer, load_adapter, save_adapter, save_scorer
+from trainjax.models._flax import FlaxModel
+from trainjax.models._linen import from_linen
 from trainjax.models._load import load, load_scorer, random_model
 from trainjax.models._model import Model
 from trainjax.models._save import save_model
 
+if TYPE_CHECKING:
+    from trainjax.models._nnx import from_nnx as from_nnx
+
 __all__ = [
+    "FlaxModel",
     "Model",
+    "from_linen",
+    "from_nnx",
     "is_scorer",
     "load",
     "load_adapter",
@@ -21,3 +34,9 @@ __all__ = [
     "save_model",
     "save_scorer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "from_nnx":  # where it is used: flax.nnx is tied to a matching JAX, and Linen is not
+        return importlib.import_module("trainjax.models._nnx").from_nnx
+    raise AttributeError(f"module 'trainjax.models' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,13 @@ def matmul(x: Float[Array, "rows in"], w: Array | Weight) -> Float[Array, "rows 
 def dense(w: Array | Weight) -> Array:
     """The matrix in float32, as an array."""
     return w.dense() if isinstance(w, Weight) else w.astype(jnp.float32)
+
+
+def through(
+    product: Callable[[Array, Array], Array], x: Array, w: Array | Weight
+) -> Float[Array, "*rows out"]:
+    """`product(x, w)` for a matrix or what stands for one; see `Weight.through`."""
+    return w.through(product, x) if isinstance(w, Weight) else product(x, w.astype(x.dtype))
 
 
 @jax.custom_vjp

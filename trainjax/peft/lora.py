@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from trainjax import tree
-from trainjax.ops.matmul import dense, matmul
+from trainjax.ops.matmul import dense, matmul, through
 from trainjax.ops.matmul import low_rank as low_rank_product
 from trainjax.peft import _low_rank as low_rank
 from trainjax.peft._low_rank import LowRank
@@ -55,6 +55,16 @@ class Lora(Weight):
     def dense(self) -> Float[Array, "*stack in out"]:
         """`w + a b scale`, in float32."""
         return dense(self.w) + self.a @ (self.b * self.scale[..., None, None])
+
+    def through(self, product: Callable[[Array, Array], Array], x: Array) -> Array:
+        """`product(x, w) + product(dropout(x), a) @ b * scale`: of a convolution, one to `rank` channels.
+
+        Agrees with PEFT 0.21 `Conv2d` where the convolution has one group.
+        """
+        thin = product(self._dropped(x), self.a.astype(x.dtype))
+        b = (self.b * self.scale[..., None, None]).astype(x.dtype)
+        update = matmul(thin.reshape(-1, thin.shape[-1]), b)
+        return through(product, x, self.w) + update.reshape(*thin.shape[:-1], b.shape[-1])
 
 
 def lora(
