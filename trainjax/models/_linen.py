@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from trainjax import tree
@@ -127,7 +128,7 @@ def _dense_layout(layer: Any, shape: tuple[int, ...], *args: Any) -> Layout | st
     return of_axes(shape, len(_tuple(layer.batch_dims)), len(_tuple(layer.axis)))
 
 
-def _dense(layer: Any, layout: Layout, w: Weight, x: Array) -> Array:
+def _dense(layer: Any, layout: Layout, w: Weight, x: ArrayLike) -> Array:
     def dot_general(x: Array, w: Weight, dimensions: Any, precision: Any = None) -> Array:
         (axes, _), (batch, _) = dimensions
         return products.dot_general(layout, x, w, axes, batch, precision)
@@ -143,7 +144,7 @@ def _conv_layout(layer: Any, shape: tuple[int, ...], *args: Any) -> Layout | str
     return of_conv(shape, layer.feature_group_count)
 
 
-def _conv(layer: Any, layout: Layout, w: Weight, x: Array) -> Array:
+def _conv(layer: Any, layout: Layout, w: Weight, x: ArrayLike) -> Array:
     own = layer.conv_general_dilated or lax.conv_general_dilated
 
     def convolve(x: Array, w: Weight, strides: Any, padding: Any, **settings: Any) -> Array:
@@ -153,11 +154,11 @@ def _conv(layer: Any, layout: Layout, w: Weight, x: Array) -> Array:
     return _own_call(layer, w, x, conv_general_dilated=convolve)
 
 
-def _own_call(layer: Any, w: Weight, x: Array, **product: Any) -> Array:
+def _own_call(layer: Any, w: Weight, x: ArrayLike, **product: Any) -> Array:
     """The layer as it is but for its product, which it hands `w` instead of a kernel."""
     promote_dtype = layer.promote_dtype
 
-    def promoted(x: Array, kernel: Any, bias: Array | None, *, dtype: Any) -> tuple[Any, ...]:
+    def promoted(x: ArrayLike, kernel: Any, bias: Array | None, *, dtype: Any) -> tuple[Any, ...]:
         x, _, bias = promote_dtype(x, products.stand_in(w), bias, dtype=dtype)
         return x, w, bias
 
@@ -179,7 +180,7 @@ def _einsum_layout(
 
 
 def _einsum(
-    layer: Any, layout: Layout, w: Weight, x: Array, einsum_str: str | None = None
+    layer: Any, layout: Layout, w: Weight, x: ArrayLike, einsum_str: str | None = None
 ) -> Array:
     """The whole layer: this one of Linen's has no place for a product of ours."""
     equation = _equation(layer, einsum_str)
