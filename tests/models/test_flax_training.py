@@ -18,7 +18,7 @@ from trainjax.train import init, make_step
 from trainjax.types import Loss
 
 LORA = lora(rank=2, alpha=4.0, target="kernel", dropout=0.1)
-CLASSES, SHAPE = 4, (8, 8, 3)
+CLASSES, SHAPE, MIXED = 4, (8, 8, 3), 0.7
 
 
 # --- modules as users write them ------------------------------------------------------------------
@@ -135,9 +135,13 @@ def cnn(request) -> FlaxModel:
 
 
 def images(task: int, rows: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
-    """Noise over a pattern for each class, which are other ones in another task."""
+    """Noise over a pattern for each class. Task 1 has new ones, mixed with task 0's of another class."""
     rng = np.random.default_rng([task, seed])
     patterns = np.random.default_rng(task).standard_normal((CLASSES, *SHAPE))
+    if task:
+        patterns += MIXED * np.roll(
+            np.random.default_rng(0).standard_normal(patterns.shape), 1, axis=0
+        )
     labels = rng.integers(0, CLASSES, rows)
     noisy = patterns[labels] + 0.5 * rng.standard_normal((rows, *SHAPE))
     return {
@@ -223,10 +227,7 @@ def test_merged_weights_go_back_to_flax_and_compute_what_the_adapter_did(model):
     x = images(0)["image"]
     attached = model.apply(LORA.attach(model.params, adapter), x)
     back = model.to_flax(LORA.merge(model.params, adapter))
-    if isinstance(back, nnx.Module):
-        found = back(x)
-    else:
-        found = model.program.module.apply(back, x)
+    found = back(x) if isinstance(back, nnx.Module) else model.program.module.apply(back, x)
     helpers.assert_close({"y": found}, {"y": attached}, 1e-5)
 
 
@@ -247,6 +248,12 @@ def test_batch_statistics_stay_until_the_model_is_updated():
     )
 
 
+def numbers(state):
+    """The arrays, those of keys as what numpy can compare."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, state)
+
+
 def test_statistics_and_counters_of_nnx_stay_until_the_model_is_updated():
     module, x = NnxCnn(nnx.Rngs(0)), jnp.asarray(images(0)["image"])
     model = from_nnx(module)
@@ -254,12 +261,7 @@ def test_statistics_and_counters_of_nnx_stay_until_the_model_is_updated():
     np.testing.assert_array_equal(model.apply(model.params, x), outputs)
     np.testing.assert_array_equal(module(x), outputs)
     found, expected = nnx.state(updated.to_flax()), nnx.state(module)
-    plain = lambda leaf: (
-        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    )  # noqa: E731,E501
-    jax.tree.map(
-        np.testing.assert_array_equal, jax.tree.map(plain, found), jax.tree.map(plain, expected)
-    )
+    jax.tree.map(np.testing.assert_array_equal, numbers(found), numbers(expected))
     assert not np.array_equal(updated.state["norm"]["mean"], model.state["norm"]["mean"])
 
 
@@ -300,24 +302,25 @@ def test_layers_that_are_stacked_in_another_axis_are_refused_with_the_reason():
 # --- two tasks --------------------------------------------------------------------------------------
 
 
-def forgotten(loss: Loss, params, strength: float) -> float:
-    """The loss on task 0 after task 1 was learnt with or without a penalty; both tasks must be learnt."""
-    params, trace = trained(loss, params, 0, 30)
-    rows = [images(0, seed=number) for number in range(4)]
-    term = losses.ewc(params, estimate.fisher(loss, params, rows, chunk=32), strength)
-    after, other = trained(loss + term, params, 1, 30)
+@pytest.mark.parametrize(
+    ("name", "whole", "strength"),
+    [("cnn", False, 1e2), ("nnx cnn", False, 1e3), ("cnn", True, 1e5)],
+    ids=["adapter", "adapter of nnx", "whole model"],
+)
+def test_ewc_forgets_less(name, whole, strength):
+    """Strengths differ as the Fisher does: it is small where the first task was learnt well."""
+    model = MODELS[name]()
+    loss = Loss(cross_entropy if whole else with_adapter, model)
+    params = model.params if whole else LORA.init(jax.random.key(0), model.params)
+    first, trace = trained(loss, params, 0, 30)
     assert trace[-1] < 0.5 * trace[0]
-    assert other[-1] < 0.7 * other[0]
-    return float(value(loss, after, images(0, seed=99))[0])
-
-
-@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole model"])
-def test_ewc_forgets_less(cnn, whole):
-    loss = Loss(cross_entropy if whole else with_adapter, cnn)
-    params = cnn.params if whole else LORA.init(jax.random.key(0), cnn.params)
-    kept, lost = forgotten(loss, params, 30.0), forgotten(loss, params, 0.0)
-    print(kept, lost)
-    assert kept < 0.7 * lost
+    fisher = estimate.fisher(loss, first, [images(0, seed=n) for n in range(4)], chunk=32)
+    forgotten = {}
+    for weight in (0.0, strength):
+        after, trace = trained(loss + losses.ewc(first, fisher, weight), first, 1, 30)
+        assert trace[-1] < 0.7 * trace[0]
+        forgotten[weight] = float(value(loss, after, images(0, seed=99))[0])
+    assert forgotten[strength] < 0.6 * forgotten[0.0]
 
 
 def test_the_fisher_of_a_flax_model_is_the_mean_square_of_its_examples_gradients():
