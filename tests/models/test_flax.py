@@ -78,6 +78,13 @@ LAYERS = {
     "groups": conv(groups=2),
     "one image": conv(shape=(9, 8, 6)),
     "images of images": conv(shape=(2, 3, 9, 8, 6), strides=2),
+    "rematerialised": Case(nn.remat(nn.Conv)(10, (3, 2)), None, (2, 9, 8, 6)),
+    "vmapped": Case(
+        nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(5),
+        None,
+        (3, 2, 7),
+    ),
+    "jitted": Case(nn.jit(nn.Dense)(5), None, (2, 3, 7)),
     "attention": Case(
         nn.MultiHeadDotProductAttention(2),
         lambda rngs: nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs),

@@ -2,7 +2,7 @@
 
 A family is a file named after the `model_type` of its `config.json`, with `config(hf)` that reads the
 architecture and `TENSORS` that names the tensors. Nothing registers it; the files whose names begin
-with an underscore are the common part.
+with an underscore are the common part. Any other Flax module comes in by `from_linen` or `from_nnx`.
 """
 
 from __future__ import annotations

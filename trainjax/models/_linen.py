@@ -179,9 +179,7 @@ def _einsum_layout(
     return of_einsum(_equation(layer, einsum_str), shape)
 
 
-def _einsum(
-    layer: Any, layout: Layout, w: Weight, x: ArrayLike, einsum_str: str | None = None
-) -> Array:
+def _einsum(layer: Any, layout: Layout, w: Weight, x: Any, einsum_str: str | None = None) -> Array:
     """The whole layer: this one of Linen's has no place for a product of ours."""
     equation = _equation(layer, einsum_str)
     bias = layer.get_variable("params", "bias") if layer.use_bias else None

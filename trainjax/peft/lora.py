@@ -59,7 +59,8 @@ class Lora(Weight):
     def through(self, product: Callable[[Array, Array], Array], x: Array) -> Array:
         """`product(x, w) + product(dropout(x), a) @ b * scale`: of a convolution, one to `rank` channels.
 
-        Agrees with PEFT 0.21 `Conv2d` where the convolution has one group.
+        Agrees with PEFT 0.21 `Conv2d` for convolutions of one group without dilation, which PEFT leaves
+        out of the update.
         """
         thin = product(self._dropped(x), self.a.astype(x.dtype))
         b = (self.b * self.scale[..., None, None]).astype(x.dtype)
