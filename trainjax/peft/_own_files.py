@@ -68,6 +68,11 @@ def read(files: PeftFiles, method: str, kind: type[C]) -> tuple[C, Params] | Non
     return kind(**{key: _tuples(value) for key, value in given.items()}), tree.unflatten(leaves)
 
 
+def _tuples(value: Any) -> Any:
+    """The value with the lists that JSON makes of tuples as tuples again, which can be hashed."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def check_shapes(adapter: Params, expected: Params) -> None:
     """Refuses an adapter of another model.
 
