@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from trainjax import tree
 from trainjax.ops.matmul import dense, matmul
 from trainjax.peft._low_rank import WITHOUT_EFFECT, refuse_unknown
-from trainjax.peft._matrices import Parts, drawn, grouped, merged, replaced, targets
+from trainjax.peft._matrices import drawn, grouped, merged, replaced, targets
 from trainjax.types import Params, Peft, PeftFiles, Weight, pytree
 
 _TARGET, _FEEDFORWARD = r"attention/(key|value)|mlp/down", r"mlp/down"
