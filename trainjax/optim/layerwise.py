@@ -32,8 +32,7 @@ def layerwise_decay(
     Raises:
         ValueError: decay outside (0, 1]; a leaf under `layers/` with another number of rows.
 
-    Source: Howard and Ruder 2018, arXiv:1801.06146, section 3.2; Clark et al. 2020, arXiv:2003.10555,
-    appendix A, with the embeddings one below the first layer.
+    Source: Howard and Ruder 2018, arXiv:1801.06146, section 3.2: `eta(l - 1) = eta(l) / 2.6`.
     """
     if not 0.0 < decay <= 1.0:
         raise ValueError(f"decay={decay} is a factor from one layer to the one below, in (0, 1]")

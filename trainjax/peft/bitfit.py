@@ -66,14 +66,15 @@ def bitfit(target: str = ALL_LINEAR, *, add: bool | None = None) -> Peft:
 
     Args:
         target: regex over the names of biases and of the matrices beside them, such as
-            `layers/attention/query/kernel` or `.../bias`; the paper's smaller set is `query|mlp`.
+            `layers/attention/query/kernel` or `.../bias`. The paper's smaller set, the biases of queries
+            and of the feed-forward's inner layer, is `query|up`.
         add: give every targeted matrix without a bias one (True), none (False), or as said above (None).
 
     Raises:
         ValueError: nothing matches; no biases there, and `add` is False; a bias added to `head`.
 
-    Source: Ben Zaken et al. 2021, arXiv:2106.10199, section 3. The biases of norms count, where a
-    norm has one. (In the paper a new classifier trains too: `losses` train such a head beside the adapter.)
+    Source: Ben Zaken et al. 2021, arXiv:2106.10199, section 3, where the task's classifier trains too. The
+    biases of norms count, where a norm has one.
     """
     return _method(_Config(target, add))
 

@@ -67,8 +67,8 @@ def ia3(
     scaled with its outputs, as in PEFT.
 
     Costs one number for each output of a target (of a feed-forward one, each input): with the
-    defaults `layers * (2 * kv_heads * head_dim + intermediate_size)`. A product of vectors a layer is
-    added to the forward pass, and merged nothing.
+    defaults `layers * (2 * kv_heads * head_dim + intermediate_size)`. Each target adds one elementwise
+    product to the forward pass, and none once merged.
 
     Args:
         target: regex over parameter names such as `layers/attention/key/kernel`.
@@ -93,31 +93,24 @@ def _method(config: _Config) -> Peft:
 
 
 def _init(config: _Config, key: PRNGKeyArray, params: Params) -> Params:
-    found = targets(params, config.target)
+    matched = targets(params, config.target)
     pattern = tree.regex(_FEEDFORWARD if config.feedforward is None else config.feedforward)
-    inner = {name: w for name, w in found.items() if pattern.search(name)}
+    inner = {name: w for name, w in matched.items() if pattern.search(name)}
     if config.feedforward is not None and not inner:
         raise ValueError(
-            f"feedforward={config.feedforward!r} matches no target; they are {', '.join(found)}"
+            f"feedforward={config.feedforward!r} matches no target; they are {', '.join(matched)}"
         )
-    outer = {name: w for name, w in found.items() if name not in inner}
-    both = (
-        drawn(key, matrices, functools.partial(_scales, config, part, axis), {part: (axis_name,)})
-        for matrices, part, axis, axis_name in (
-            (inner, "inputs", -2, "in"),
-            (outer, "outputs", -1, "out"),
-        )
-        if matrices
-    )
-    return tree.unflatten(
-        {name: leaf for each in both for name, leaf in tree.flatten(each).items()}
-    )
+    outer = {name: w for name, w in matched.items() if name not in inner}
+    found: dict[str, Any] = {}
+    for part, axis, matrices in (("inputs", "in", inner), ("outputs", "out", outer)):
+        if matrices:
+            draw = functools.partial(_scales, config, part)
+            found |= tree.flatten(drawn(key, matrices, draw, {part: (axis,)}))
+    return tree.unflatten(found)
 
 
-def _scales(
-    config: _Config, part: str, axis: int, key: PRNGKeyArray, name: str, w: Any
-) -> dict[str, Array]:
-    shape = (*w.shape[:-2], w.shape[axis])
+def _scales(config: _Config, part: str, key: PRNGKeyArray, name: str, w: Any) -> dict[str, Array]:
+    shape = (*w.shape[:-2], w.shape[-2 if part == "inputs" else -1])
     if config.init_ia3_weights:
         return {part: jnp.ones(shape, jnp.float32)}
     return {part: jax.random.normal(key, shape, jnp.float32)}
@@ -192,7 +185,8 @@ def from_peft(
             raise ValueError(
                 f"the adapter's configuration sets {field}={value!r}, which is not supported"
             )
-    tensors, adapter = dict(files.tensors), {}
+    tensors = dict(files.tensors)
+    adapter: dict[str, Array] = {}
     for name, w in tree.flatten(params).items():
         parts = {
             index: _part(tensors.pop(f"{module}.ia3_l"), module, w.shape[-2:])
