@@ -51,7 +51,7 @@ def _main(argv: list[str]) -> int:
         return _fail(
             f"the jobs are {', '.join(jobs)}; there is no {name!r}{_nearest(name, jobs)}", 2
         )
-    module = importlib.import_module(f"{recipes.__name__}.{name}")
+    module = importlib.import_module(f"{recipes.__name__}.{name.replace('-', '_')}")
     try:
         config = parse(module.Config, args, prog=f"trainjax {name}")
     except ValueError as error:
@@ -291,7 +291,7 @@ def _jobs() -> dict[str, str]:
         if not module.name.startswith("_"):
             file = Path(recipes.__path__[0]) / f"{module.name}.py"
             text = ast.get_docstring(ast.parse(file.read_text())) or ""
-            jobs[module.name] = text.partition("\n")[0]
+            jobs[module.name.replace("_", "-")] = text.partition("\n")[0]
     return jobs
 
 

@@ -297,37 +297,39 @@ def _hf_name(name: str, names: Mapping[str, str | None]) -> str | None:
     return target and f"{target.format(*layer.groups() if layer else ())}.{kind}"
 
 
-def _llama_config(
+def _config(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     read: Callable[[str], np.ndarray],
 ) -> dict[str, Any]:
+    kind = metadata["general.architecture"]
+
     def get(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"llama.{key}", default)
+        value = metadata.get(f"{kind}.{key}", default)
         if value is None:
-            raise ValueError(f"its metadata lacks llama.{key}")
+            raise ValueError(f"its metadata lacks {kind}.{key}")
         if isinstance(value, list) and len(set(value)) != 1:
             raise ValueError(
-                f"llama.{key}={value} differs by layer; one value for all is supported"
+                f"{kind}.{key}={value} differs by layer; one value for all is supported"
             )
         return value[0] if isinstance(value, list) else value
 
     if get("expert_count", 0):
         raise ValueError(
-            f"llama.expert_count={get('expert_count')}; only dense models are supported"
+            f"{kind}.expert_count={get('expert_count')}; only dense models are supported"
         )
     heads = get("attention.head_count")
     head_dim = get("attention.key_length", get("embedding_length") // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, head_dim) != head_dim:
-            raise ValueError(f"llama.{key}={get(key)} is not the width of a head, {head_dim}")
+            raise ValueError(f"{kind}.{key}={get(key)} is not the width of a head, {head_dim}")
     if "token_embd.weight" not in tensors:
         raise ValueError("it has no tensor token_embd.weight")
     theta = _decimal(get("rope.freq_base", 10000.0))
     factors = read("rope_freqs.weight") if "rope_freqs.weight" in tensors else None
     return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "hidden_size": get("embedding_length"),
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": heads,
@@ -337,7 +339,7 @@ def _llama_config(
         "hidden_act": "silu",
         "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon")),
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(metadata, factors, theta),
+        "rope_scaling": _rope_scaling(kind, metadata, factors, theta),
         "max_position_embeddings": get("context_length"),
         # Not llama.vocab_size, which need not count the rows that pad the embedding.
         "vocab_size": tensors["token_embd.weight"].shape[0],
@@ -356,14 +358,15 @@ def _decimal(value: float) -> float:
 
 
 def _rope_scaling(
-    metadata: Mapping[str, Any], factors: np.ndarray | None, theta: float
+    architecture: str, metadata: Mapping[str, Any], factors: np.ndarray | None, theta: float
 ) -> dict[str, Any] | None:
     # As in llama.cpp: a factor without a type is linear, and 0 or 1 is none.
-    kind = metadata.get("llama.rope.scaling.type", "linear")
-    legacy = metadata.get("llama.rope.scale_linear", 1.0)
-    factor = _decimal(metadata.get("llama.rope.scaling.factor", legacy))
+    prefix = f"{architecture}.rope"
+    kind = metadata.get(f"{prefix}.scaling.type", "linear")
+    legacy = metadata.get(f"{prefix}.scale_linear", 1.0)
+    factor = _decimal(metadata.get(f"{prefix}.scaling.factor", legacy))
     if kind not in ("none", "linear"):
-        raise ValueError(f"llama.rope.scaling.type={kind!r} is not supported; none and linear are")
+        raise ValueError(f"{prefix}.scaling.type={kind!r} is not supported; none and linear are")
     linear = kind == "linear" and factor not in (0.0, 1.0)
     if factors is None or np.all(factors == 1):
         return {"rope_type": "linear", "factor": factor} if linear else None
@@ -378,7 +381,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float) -> dict[str, Any]:
     """The `rope_scaling` that divides the rotary frequencies by `factors`, shape `[head_dim / 2]`.
 
     The converter of llama.cpp keeps of Llama 3's four numbers only what they do to the wavelength
-    `w = 2π·theta^(2i/head_dim)` of each frequency: `_llama3_factors`. From these:
+    `w = 2π·theta^(2i/head_dim)` of each frequency: `llama3_factors`. From these:
 
     - `factor` is the largest;
     - where a factor lies between 1 and `factor`, `smooth` follows from it, and it is a line in 1/w
@@ -399,7 +402,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float) -> dict[str, Any]:
             guesses.append((round(1 - 1 / float(intercept), 3), round(-slope / intercept)))
     for high, length in guesses:
         # The file holds float32 computed in float32.
-        if np.allclose(factors, _llama3_factors(wavelengths, factor, high, length), rtol=1e-5):
+        if np.allclose(factors, llama3_factors(wavelengths, factor, high, length), rtol=1e-5):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -410,13 +413,13 @@ def _llama3_scaling(factors: np.ndarray, theta: float) -> dict[str, Any]:
     raise ValueError("its rope_freqs.weight is not the scaling of Llama 3, the only one supported")
 
 
-def _llama3_factors(wavelengths: np.ndarray, factor: float, high: float, length: int) -> np.ndarray:
+def llama3_factors(wavelengths: np.ndarray, factor: float, high: float, length: int) -> np.ndarray:
     """1 below the wavelength `length / high`, `factor` above `length`, smooth between the two."""
     smooth = np.clip((length / wavelengths - 1) / (high - 1), 0, 1)
     return 1 / ((1 - smooth) / factor + smooth)
 
 
-def _llama_rows(name: str, rows: int, config: Mapping[str, Any]) -> np.ndarray | None:
+def llama_rows(name: str, rows: int, config: Mapping[str, Any]) -> np.ndarray | None:
     """The order that undoes llama.cpp's, for the rows of the queries and keys.
 
     llama.cpp rotates neighbours (0, 1), (2, 3), ... of a head, transformers halves (0, d/2), ...
@@ -428,7 +431,7 @@ def _llama_rows(name: str, rows: int, config: Mapping[str, Any]) -> np.ndarray |
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-_LLAMA_NAMES = {
+LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
     "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
     "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
@@ -446,5 +449,7 @@ _LLAMA_NAMES = {
 
 _ARCHITECTURES = {
     # Llama 2 and 3, SmolLM, Mistral.
-    "llama": _Architecture(config=_llama_config, names=_LLAMA_NAMES, rows=_llama_rows),
+    "llama": _Architecture(config=_config, names=LLAMA_NAMES, rows=llama_rows),
+    # Qwen2 and Qwen2.5, whose halves llama.cpp rotates as transformers does.
+    "qwen2": _Architecture(config=_config, names=LLAMA_NAMES, rows=lambda *_: None),
 }

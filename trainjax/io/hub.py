@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from trainjax.io.fetch import CATALOG, fetched
 from trainjax.io.folder import HfFolder
@@ -24,6 +25,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         ValueError: nothing of that name, or a hub that cannot be reached.
     """
+    return _open(source, _FILES)
+
+
+def _open(source: str | Path, patterns: tuple[str, ...]) -> Checkpoint:
     path = fetched(str(source)) or Path(source).expanduser()
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
@@ -44,15 +49,27 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"there is no model {str(source)!r}: give a folder, a .gguf file, a hub id (owner/name) or "
             f"one of {', '.join(CATALOG)}{nearest(str(source), CATALOG)}"
         )
-    return HfFolder(_download(str(source)))
+    return HfFolder(_download(str(source), patterns))
 
 
-def _download(repo: str) -> Path:
+def read_config(source: str | Path) -> dict[str, Any]:
+    """What `config.json` says, without the weights: a folder may have nothing else.
+
+    Args:
+        source: as in `open_checkpoint`; of a hub id this file alone is downloaded.
+
+    Raises:
+        ValueError: as `open_checkpoint`.
+    """
+    return _open(source, ("config.json",)).config
+
+
+def _download(repo: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

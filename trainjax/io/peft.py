@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -50,3 +52,39 @@ def read(path: Path) -> tuple[PeftFiles, str | None]:
         raise ValueError(f"{path} is damaged: {error}") from error
     named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     return PeftFiles(fields, named), metadata.get(_BASE)
+
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def vllm_refuses(fields: Mapping[str, Any]) -> str:
+    """Why vLLM would not serve an adapter as PEFT does, or an empty text if it would.
+
+    Args:
+        fields: what `adapter_config.json` says.
+
+    Source: vLLM's `PEFTHelper`, which raises for all but the last; ranks and scales by module it has
+    read only lately, and versions before computed another function in silence.
+    """
+    if (kind := fields.get("peft_type")) != "LORA":
+        return f"its peft_type is {kind}, and vLLM loads LORA"
+    rank = _largest_rank(fields)
+    reasons = {
+        "it is of DoRA (use_dora)": fields.get("use_dora"),
+        f"it saves whole modules ({fields.get('modules_to_save')})": fields.get("modules_to_save"),
+        f"it trains biases (bias={fields.get('bias')!r})": fields.get("bias", "none") != "none",
+        f"its rank {rank} is above {_VLLM_RANKS[-1]}": rank > _VLLM_RANKS[-1],
+        "its ranks or scales differ by module (rank_pattern, alpha_pattern), which many versions ignore": (
+            fields.get("rank_pattern") or fields.get("alpha_pattern")
+        ),
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def vllm_rank(fields: Mapping[str, Any]) -> int:
+    """The smallest `--max-lora-rank` of vLLM's that an adapter of LoRA fits in."""
+    return next(rank for rank in _VLLM_RANKS if rank >= _largest_rank(fields))
+
+
+def _largest_rank(fields: Mapping[str, Any]) -> int:
+    return max([fields["r"], *(fields.get("rank_pattern") or {}).values()])

@@ -31,7 +31,7 @@ else:
 
 # --- GGUF ---------------------------------------------------------------------------------------
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """The values of `tokenizer.ggml.token_type` that matter here."""
 
 
@@ -59,21 +59,21 @@ def from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     backend, adds_bos = _KINDS[kind](fields)
     tokens = fields["tokenizer.ggml.tokens"]
     kinds = _token_types(fields)
-    backend.add_special_tokens(_added(tokens, kinds, _CONTROL))
-    backend.add_tokens(_added(tokens, kinds, _USER_DEFINED))
+    backend.add_special_tokens(_added(tokens, kinds, CONTROL))
+    backend.add_tokens(_added(tokens, kinds, USER_DEFINED))
 
     named = {
         f"{role}_token": tokens[fields[key]]
-        for role, key in _ROLES.items()
+        for role, key in ROLES.items()
         # As in llama.cpp, an id that is no token's counts for none.
         if fields.get(key, -1) in range(len(tokens))
         # A pad token that also is text ("!", id 0, in some files) would be cut out of every text.
-        and not (role == "pad" and kinds[fields[key]] == _NORMAL)
+        and not (role == "pad" and kinds[fields[key]] == NORMAL)
     }
     adds_bos = fields.get("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in named
     adds_eos = fields.get("tokenizer.ggml.add_eos_token", False) and "eos_token" in named
-    before = [fields[_ROLES["bos"]]] if adds_bos else []
-    after = [fields[_ROLES["eos"]]] if adds_eos else []
+    before = [fields[ROLES["bos"]]] if adds_bos else []
+    after = [fields[ROLES["eos"]]] if adds_eos else []
     backend.post_processor = _template(tokens, before, after)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -86,7 +86,7 @@ def from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     )
 
 
-_ROLES = {
+ROLES = {
     "bos": "tokenizer.ggml.bos_token_id",
     "eos": "tokenizer.ggml.eos_token_id",
     "unk": "tokenizer.ggml.unknown_token_id",
@@ -96,13 +96,13 @@ _ROLES = {
 
 def _token_types(fields: Mapping[str, Any]) -> Sequence[int]:
     tokens = fields["tokenizer.ggml.tokens"]
-    return fields.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    return fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
 
 
 def _added(tokens: Sequence[str], kinds: Sequence[int], kind: int) -> list[AddedToken]:
     # Not normalised: they are matched in the text as it comes, before any of it is changed.
     return [
-        AddedToken(token, normalized=False, special=kind == _CONTROL)
+        AddedToken(token, normalized=False, special=kind == CONTROL)
         for token, its_kind in zip(tokens, kinds, strict=True)
         if its_kind == kind
     ]
@@ -123,7 +123,7 @@ def _template(
     )
 
 
-class _Splitting(NamedTuple):
+class Splitting(NamedTuple):
     """What a byte-level tokenizer does to text before its merges.
 
     Attributes:
@@ -153,19 +153,19 @@ _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # _GPT2_WORDS, then _BYTES
-_LLAMA3 = _Splitting((_split(_LLAMA3_WORDS), _BYTES), ignore_merges=True, adds_bos=True)
+_LLAMA3 = Splitting((_split(_LLAMA3_WORDS), _BYTES), ignore_merges=True, adds_bos=True)
 
 # By tokenizer.ggml.pre. llama.cpp (src/llama-vocab.cpp, llm_tokenizer_bpe) says what each means;
 # the models' own tokenizer.json say the same, and what llama.cpp leaves out.
-_SPLITTINGS = {
-    "gpt-2": _Splitting((_GPT2,)),
-    "smollm": _Splitting((pre_tokenizers.Digits(individual_digits=True), _GPT2)),
+SPLITTINGS = {
+    "gpt-2": Splitting((_GPT2,)),
+    "smollm": Splitting((pre_tokenizers.Digits(individual_digits=True), _GPT2)),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "qwen2": _Splitting((_split(_QWEN2_WORDS), _BYTES), normalizer=normalizers.NFC()),
+    "qwen2": Splitting((_split(_QWEN2_WORDS), _BYTES), normalizer=normalizers.NFC()),
     # No model's own: what llama.cpp makes of a file that asks for its default.
-    "default": _Splitting(
+    "default": Splitting(
         (
             _split(r"[\p{P}\$\+<=>\^~\|]+"),
             _split(_GPT2_WORDS),
@@ -180,14 +180,14 @@ _SPLITTINGS = {
 def _byte_level(fields: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     """Byte-level BPE, as in GPT-2; bytes that the vocabulary lacks are dropped, as in llama.cpp."""
     name = fields.get("tokenizer.ggml.pre")
-    if name not in _SPLITTINGS:
+    if name not in SPLITTINGS:
         # Older files do not say. Guessing would change the ids silently: not even transformers and
         # llama.cpp guess the same.
         raise ValueError(
             f"tokenizer.ggml.pre={name!r} does not say how to split words; the supported ones are "
-            f"{', '.join(_SPLITTINGS)}"
+            f"{', '.join(SPLITTINGS)}"
         )
-    splitting = _SPLITTINGS[name]
+    splitting = SPLITTINGS[name]
     model = models.BPE(
         vocab={token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])},
         merges=[_pair(merge) for merge in fields["tokenizer.ggml.merges"]],
@@ -210,13 +210,13 @@ def _sentencepiece(fields: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     """SentencePiece's BPE, as in Llama 2: ▁ for a space, and bytes for what has no token."""
     tokens, kinds = fields["tokenizer.ggml.tokens"], _token_types(fields)
     vocab = {token: index for index, token in enumerate(tokens)}
-    unknown = fields.get(_ROLES["unk"], kinds.index(_UNKNOWN) if _UNKNOWN in kinds else None)
+    unknown = fields.get(ROLES["unk"], kinds.index(UNKNOWN) if UNKNOWN in kinds else None)
     model = models.BPE(
         vocab=vocab,
         merges=_merges(fields),
         unk_token=None if unknown is None else tokens[unknown],
         fuse_unk=True,
-        byte_fallback=_BYTE in kinds,
+        byte_fallback=BYTE in kinds,
     )
     backend = Tokenizer(model)
     # The prefix goes before the text and after every token that is matched whole, as in
@@ -256,7 +256,7 @@ def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
         strict=True,
     )
     # The other kinds are never made by joining: they are matched whole, or stand for bytes.
-    scores = {token: score for token, score, kind in table if kind == _NORMAL}
+    scores = {token: score for token, score, kind in table if kind == NORMAL}
 
     def rank(cut: tuple[str, str]) -> tuple[float, int, int]:
         return scores[cut[0] + cut[1]], len(cut[0]), len(cut[1])

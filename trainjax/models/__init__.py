@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainjax.models._adapters import is_scorer, load_adapter, save_adapter, save_scorer
 from trainjax.models._flax import FlaxModel
+from trainjax.models._gguf import save_gguf
 from trainjax.models._linen import from_linen
 from trainjax.models._load import load, load_scorer, random_model
 from trainjax.models._model import Model
@@ -31,6 +32,7 @@ __all__ = [
     "load_scorer",
     "random_model",
     "save_adapter",
+    "save_gguf",
     "save_model",
     "save_scorer",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 from pathlib import Path
 
@@ -23,7 +24,8 @@ _SCORE = SCORE.removesuffix(".weight")
 def save_adapter(path: str | Path, model: Model, method: Peft, adapter: Params) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads.
 
-    The base's fingerprint goes with it, so that loading it over another base is noticed.
+    The base's fingerprint goes with it, so that loading it over another base is noticed. A warning is
+    logged where vLLM would refuse the adapter.
 
     Args:
         path: the folder; one of an earlier adapter is replaced.
@@ -33,7 +35,10 @@ def save_adapter(path: str | Path, model: Model, method: Peft, adapter: Params) 
     """
     exported = method.export(adapter, _modules(model))
     base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.source}
-    files.write(Path(path), exported._replace(fields=base | exported.fields), model.fingerprint)
+    fields = base | exported.fields
+    if reasons := files.vllm_refuses(fields):
+        logging.getLogger(__name__).warning("vLLM would not serve the adapter: %s", reasons)
+    files.write(Path(path), exported._replace(fields=fields), model.fingerprint)
 
 
 def load_adapter(

@@ -27,6 +27,7 @@ REMAT = {
     "projections": remat.projections,
     "none": None,
 }
+PEFT: Mapping[str, Callable[..., Peft]] = {"lora": peft.lora}
 WEIGHTS = {"token": data.token_mean, "sequence": data.sequence_mean}
 
 DtypeName = Literal["float32", "bfloat16"]

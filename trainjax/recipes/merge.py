@@ -28,11 +28,16 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the job."""
+    write(config)
+    print(config.out)
+
+
+def write(config: Config) -> None:
+    """Writes the folder."""
     if models.is_scorer(config.adapter):
         _merge_scorer(config)
     else:
         _merge(config)
-    print(config.out)
 
 
 def _merge(config: Config) -> None:
