@@ -402,7 +402,9 @@ def _llama3_scaling(factors: np.ndarray, theta: float) -> dict[str, Any]:
             guesses.append((round(1 - 1 / float(intercept), 3), round(-slope / intercept)))
     for high, length in guesses:
         # The file holds float32 computed in float32.
-        if np.allclose(factors, llama3_factors(wavelengths, factor, high, length), rtol=1e-5):
+        if np.allclose(
+            factors, llama3_factors(wavelengths, factor, high, float(length)), rtol=1e-5
+        ):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -413,7 +415,9 @@ def _llama3_scaling(factors: np.ndarray, theta: float) -> dict[str, Any]:
     raise ValueError("its rope_freqs.weight is not the scaling of Llama 3, the only one supported")
 
 
-def llama3_factors(wavelengths: np.ndarray, factor: float, high: float, length: int) -> np.ndarray:
+def llama3_factors(
+    wavelengths: np.ndarray, factor: float, high: float, length: float
+) -> np.ndarray:
     """1 below the wavelength `length / high`, `factor` above `length`, smooth between the two."""
     smooth = np.clip((length / wavelengths - 1) / (high - 1), 0, 1)
     return 1 / ((1 - smooth) / factor + smooth)

@@ -65,6 +65,8 @@ def _check_model(model: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the tokenizer's model is {model['type']}, which cannot be written; BPE can"
         )
+    if not model["merges"]:
+        raise ValueError("the tokenizer has no merges, and llama.cpp loads no BPE without any")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(
@@ -179,7 +181,7 @@ def _sentencepiece(
     merges = state["model"]["merges"]
     ranks = {"".join(merge): rank for rank, merge in reversed(list(enumerate(merges)))}
     for number, token in enumerate(tokens):
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        if state["model"]["byte_fallback"] and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             kinds[number] = BYTE
         elif token == state["model"]["unk_token"]:
             kinds[number] = UNKNOWN

@@ -165,21 +165,18 @@ def _check_config(hf: Mapping[str, Any]) -> None:
 def _scaling(scaling: Mapping[str, Any], theta: float, head_dim: int) -> dict[str, Any]:
     """The fields of `_Layout` that say how rotary frequencies are scaled."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0 or kind not in (
-        "default",
-        "linear",
-        "llama3",
-    ):
+    partial = scaling.get("partial_rotary_factor", 1.0) != 1.0
+    if partial or kind not in ("default", "linear", "llama3"):
         raise ValueError(
             f"rotary positions of {dict(scaling)} cannot be written; default, linear and llama3 can"
         )
     if kind != "llama3":
         return {"linear": float(scaling.get("factor", 1.0)), "factors": None}
     wavelengths = 2 * np.pi * theta ** (np.arange(head_dim // 2) / (head_dim // 2))
-    low = scaling["low_freq_factor"]  # only ratios to it count
+    low = float(scaling["low_freq_factor"])  # only ratios to it count
     factors = llama3_factors(
         wavelengths,
-        scaling["factor"],
+        float(scaling["factor"]),
         scaling["high_freq_factor"] / low,
         scaling["original_max_position_embeddings"] / low,
     )
@@ -226,9 +223,7 @@ def _vocabulary(checkpoint: Checkpoint, rows: int) -> dict[str, Any]:
         key: checkpoint.config.get(f"{role}_token_id")
         for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
-    named = {
-        f"tokenizer.ggml.{key}_token_id": i for key, i in ids.items() if isinstance(i, int)
-    }
+    named = {f"tokenizer.ggml.{key}_token_id": i for key, i in ids.items() if isinstance(i, int)}
     return {"tokenizer.ggml.model": "none", **named}
 
 

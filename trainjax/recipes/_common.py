@@ -27,7 +27,6 @@ REMAT = {
     "projections": remat.projections,
     "none": None,
 }
-PEFT: Mapping[str, Callable[..., Peft]] = {"lora": peft.lora}
 WEIGHTS = {"token": data.token_mean, "sequence": data.sequence_mean}
 
 DtypeName = Literal["float32", "bfloat16"]

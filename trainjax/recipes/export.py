@@ -1,4 +1,4 @@
-"""Hand a model or an adapter on: a folder for transformers, a file for llama.cpp, an adapter for PEFT and vLLM."""
+"""Hand on a model or an adapter: to transformers as a folder, to llama.cpp as a file, to PEFT and vLLM."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Config:
     model: str
     """The model, or the base that the adapter was trained on."""
     to: TargetName
-    """What is written: hf, a folder that transformers loads; gguf, a file for llama.cpp; peft, the adapter."""
+    """hf: a folder that transformers loads; gguf: a file for llama.cpp; peft: the adapter alone."""
     out: Path
     """Folder or file to write; it must not exist yet."""
     adapter: Path | None = None
@@ -79,7 +79,9 @@ def _gguf(config: Config) -> None:
         raise ValueError(
             "a reward model scores texts, which a gguf file has no place for; export it with --to hf"
         )
-    if config.adapter is None and config.dtype is None:  # tensor by tensor, whatever the model's size
+    if (
+        config.adapter is None and config.dtype is None
+    ):  # tensor by tensor, whatever the model's size
         name = Path(config.model).name
         gguf_write.write(config.out, open_checkpoint(config.model), kind, name=name)
         return
@@ -103,6 +105,12 @@ def _peft(config: Config) -> None:
         )
         models.save_scorer(config.out, model, method, params)
         return
+    fields = files.read(config.adapter)[0].fields
+    if "trainjax_method" in fields:
+        raise ValueError(
+            f"{config.adapter} is of {fields['trainjax_method']}, which the PEFT library does not have in "
+            "this form; --to hf merges it into its model"
+        )
     model = common.load_model(config.model)
     method, adapter = models.load_adapter(config.adapter, model, other_base=config.other_base)
     models.save_adapter(config.out, model, method, adapter)

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from trainjax import peft, tree
+from trainjax import tree
 from trainjax.io.hub import read_config
 from trainjax.models._model import abstract_params, family
 from trainjax.nn import Decoder
@@ -30,8 +29,8 @@ class Config:
     """A hub id, a folder with a config.json, a .gguf file, or a name that `trainjax fetch` knows."""
     rank: int = 16
     """Of the methods that have one."""
-    target: str = peft.ALL_LINEAR
-    """Regex of the matrices that get an adapter, for the methods that take one."""
+    target: str | None = None
+    """Regex of the matrices that get an adapter, of the methods that have one; by default each one's own."""
     json: bool = False
     """Print JSON, a list with an object a method."""
     markdown: bool = False
@@ -94,9 +93,9 @@ def _rows(params: Params, config: Config) -> Iterator[Row]:
 
 def _made(make: Callable[..., Peft], config: Config) -> Peft:
     """The method with the settings of ours that it has."""
-    ours: dict[str, Any] = {"rank": config.rank, "target": config.target}
+    given = {"rank": config.rank} | ({"target": config.target} if config.target else {})
     known = inspect.signature(make).parameters
-    return make(**{name: value for name, value in ours.items() if name in known})
+    return make(**{name: value for name, value in given.items() if name in known})
 
 
 def _merges(method: Peft, params: Params, adapter: Params) -> bool:
