@@ -317,7 +317,7 @@ def _converted(item: _Item, values: np.ndarray) -> np.ndarray:
     rows = np.atleast_2d(values)
     step = max(1, _CHUNK // rows.shape[-1])
     parts = [
-        _encoded(item, rows[first : first + step].astype(np.float32))
+        _encoded(item, np.ascontiguousarray(rows[first : first + step], np.float32))
         for first in range(0, len(rows), step)
     ]
     return np.concatenate(parts)
