@@ -70,7 +70,8 @@ def main(config: Config) -> None:
     elif config.markdown:
         print(_markdown(rows))
     else:
-        Console().print(_table(rows, f"{config.model}: {tree.count(params):,} parameters"))
+        print(f"{config.model}: {tree.count(params):,} parameters")
+        Console().print(_table(rows))
 
 
 def _rows(params: Params, config: Config) -> Iterator[Row]:
@@ -129,8 +130,8 @@ def _size(count: int) -> str:
     return f"{value:.3g} GB"
 
 
-def _table(rows: list[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None)
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=None)
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column in ("method", "merges") else "right")
     for row in rows:
