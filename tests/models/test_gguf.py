@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from tests import helpers
 from trainjax import tree
@@ -158,7 +159,11 @@ def test_q8_0_is_bit_by_bit_what_llama_cpp_quantises_to(tmp_path, llama_cpp):
     settings.ftype = 7  # LLAMA_FTYPE_MOSTLY_Q8_0
     source, target = (str(tmp_path / name).encode() for name in ("F32.gguf", "theirs.gguf"))
     assert llama_cpp.llama_model_quantize(source, target, ctypes.byref(settings)) == 0
-    assert (tmp_path / "theirs.gguf").read_bytes() == (tmp_path / "Q8_0.gguf").read_bytes()
+    ours, theirs = (GGUFReader(tmp_path / name) for name in ("Q8_0.gguf", "theirs.gguf"))
+    assert [t.name for t in theirs.tensors] == [t.name for t in ours.tensors]
+    for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert mine.tensor_type == other.tensor_type
+        np.testing.assert_array_equal(mine.data, other.data, mine.name)
 
 
 @pytest.mark.real

@@ -1,4 +1,4 @@
-"""Hand on a model or an adapter: to transformers as a folder, to llama.cpp as a file, to PEFT and vLLM."""
+"""Hand on a model or an adapter: a folder for transformers, a file for llama.cpp, PEFT's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each adapter method costs on a model: trainable parameters, optimizer state, size of the file."""
+"""What each adapter method costs on a model: what trains, optimizer state, size of the file."""
 
 from __future__ import annotations
 
