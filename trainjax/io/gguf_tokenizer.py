@@ -137,7 +137,7 @@ def _byte_level(state: Mapping[str, Any]) -> dict[str, Any]:
 def _described(state: Mapping[str, Any]) -> tuple[list[Any], list[Any], bool]:
     """What decides how a text is cut into words, without what does not change it."""
     steps = [
-        # Offsets are not ids; SentencePiece's models aside, no text is given a space before it.
+        # Offsets into the text are not ids.
         {key: value for key, value in step.items() if key != "trim_offsets"}
         for step in _flat(state["pre_tokenizer"], "pretokenizers")
     ]
