@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trainjax.models import load_adapter as load_adapter
     from trainjax.models import load_scorer as load_scorer
     from trainjax.models import save_adapter as save_adapter
+    from trainjax.models import save_gguf as save_gguf
     from trainjax.models import save_model as save_model
     from trainjax.models import save_scorer as save_scorer
     from trainjax.parallel.mesh import mesh as mesh
@@ -48,6 +49,7 @@ _HOMES = {
     "policy": "trainjax.policies",
     "reference": "trainjax.policies",
     "save_adapter": "trainjax.models",
+    "save_gguf": "trainjax.models",
     "save_model": "trainjax.models",
     "save_scorer": "trainjax.models",
     "scorer": "trainjax.scorers",
