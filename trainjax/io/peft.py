@@ -15,13 +15,17 @@ from trainjax.types import PeftFiles
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_OF_NO_MODULE = ("prompt_embeddings",)  # virtual tokens, which PEFT writes without the prefix
 _BASE = "trainjax_base"  # our key in the safetensors metadata, which other readers pass over
 
 
 def write(path: Path, files: PeftFiles, fingerprint: str) -> None:
     """Writes an adapter's folder; each file appears whole or not at all."""
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {_PREFIX + name: tensor for name, tensor in files.tensors.items()}
+    tensors = {
+        name if name in _OF_NO_MODULE else _PREFIX + name: tensor
+        for name, tensor in files.tensors.items()
+    }
     with folder.replaced(path / _TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", _BASE: fingerprint})
     with folder.replaced(path / _CONFIG) as temporary:

@@ -87,9 +87,19 @@ SCORE = "score.weight"
 
 
 def tensor_names(hf: Mapping[str, Any], params: Params) -> dict[str, list[str]]:
-    """For each parameter of ours, the tensors of the checkpoint that it is made of, layer by layer."""
+    """For each parameter of ours, the tensors of the checkpoint that it is made of, layer by layer.
+
+    Raises:
+        ValueError: a parameter that no checkpoint of the family has: virtual tokens, say.
+    """
     table = family(hf).TENSORS | {"score/kernel": SCORE}
-    return {name: _expand(table[name], leaf.shape) for name, leaf in tree.flatten(params).items()}
+    named = tree.flatten(params)
+    if unknown := [name for name in named if name not in table]:
+        raise ValueError(
+            f"{unknown[0]} has no place in the checkpoint of a {hf['model_type']} model; save the model "
+            "without its adapter, and the adapter by save_adapter"
+        )
+    return {name: _expand(table[name], leaf.shape) for name, leaf in named.items()}
 
 
 def _expand(template: str, shape: tuple[int, ...]) -> list[str]:

@@ -31,7 +31,8 @@ def save_model(path: str | Path, model: Model, params: Params | None = None) -> 
         params: plain arrays, `lora.merge(model.params, adapter)` say; by default the model's own.
 
     Raises:
-        ValueError: params that are not plain arrays; a folder that holds something.
+        ValueError: params that are not plain arrays, or that transformers' model does not have (virtual
+            tokens); a folder that holds something.
         OSError: the disk is full or the folder cannot be written; nothing is left behind.
     """
     params = model.params if params is None else params

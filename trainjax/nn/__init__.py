@@ -2,7 +2,18 @@
 be an array or any `trainjax.types.Weight`, and no layer knows which.
 """
 
-from trainjax.nn.decoder import Cache, Decoder, DecoderConfig, body, head, init_cache
+from trainjax.nn.decoder import Cache, Decoder, DecoderConfig, body, head, init_cache, start_cache
 from trainjax.nn.flops import flops_per_token
+from trainjax.nn.virtual import num_virtual_tokens
 
-__all__ = ["Cache", "Decoder", "DecoderConfig", "body", "flops_per_token", "head", "init_cache"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "body",
+    "flops_per_token",
+    "head",
+    "init_cache",
+    "num_virtual_tokens",
+    "start_cache",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from trainjax.nn.dense import Dense
+from trainjax.nn.dense import Dense, latest
+from trainjax.nn.virtual import KEPT
 from trainjax.ops import attention as ops
 from trainjax.ops.rope import Rotation, rotate
 
@@ -59,6 +61,7 @@ class Attention(nn.Module):
         rotation: Rotation,
         segments: ops.Segments | None,
         cache: LayerCache | None,
+        prefix: ops.Prefix | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
         query = self._heads(x, self.num_heads, "query")
         key = self._heads(x, self.num_kv_heads, "key")
@@ -66,8 +69,12 @@ class Attention(nn.Module):
         query = checkpoint_name(rotate(query, rotation), "query")
         key = checkpoint_name(rotate(key, rotation), "key")
         value = checkpoint_name(value, "value")
+        if self.is_mutable_collection(KEPT) and not self.is_initializing():
+            for name, kept in (("keys", key), ("values", value)):
+                self.sow(KEPT, name, kept, reduce_fn=latest, init_fn=lambda: None)
         if cache is None:
-            out = ops.attend(query, key, value, segments, window=self.window, mesh=self.mesh)
+            attend = functools.partial(ops.attend, window=self.window, mesh=self.mesh)
+            out = attend(query, key, value, segments, prefix=prefix)
         else:
             cache = _extend(cache, key, value)
             keys, values = (

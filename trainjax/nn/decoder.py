@@ -23,7 +23,8 @@ from trainjax.nn import remat as remats
 from trainjax.nn.attention import Attention, LayerCache
 from trainjax.nn.dense import Dense, Embed, weight
 from trainjax.nn.mlp import SwiGlu
-from trainjax.ops.attention import Segments
+from trainjax.nn.virtual import KEPT, Virtual, num_virtual_tokens, virtual_tokens
+from trainjax.ops.attention import Prefix, Segments
 from trainjax.ops.head import Head, Tied
 from trainjax.ops.norm import rms_norm
 from trainjax.ops.rope import Rope, Rotation, rotation
@@ -56,8 +57,9 @@ class Cache(NamedTuple):
 
     Attributes:
         keys, values: one slot a token, rotated already.
-        filled: which slots hold a real token (padding before a short prompt does not).
-        length: slots used; the next token goes to slot `length`.
+        filled: which slots hold a token (padding before a short prompt does not).
+        length: slots used, virtual tokens' included, which are the first; the next token goes to slot
+            `length`.
     """
 
     keys: Float[Array, "layers batch kv_heads slots dim"]
@@ -91,6 +93,8 @@ class Block(nn.Module):
         rotation: Rotation,
         segments: Segments | None,
         slots: tuple[Array, Array] | None,
+        virtual: Virtual | None,
+        positions: Int[Array, "batch seq"] | None,
     ) -> tuple[tuple[Array, tuple[Array, Array] | None], None]:
         c = self.config
         x, stacks = carry
@@ -108,7 +112,11 @@ class Block(nn.Module):
             name="attention",
         )
         out, cache = attention(
-            Norm(c.rms_norm_eps, name="attention_norm")(x), rotation, segments, cache
+            Norm(c.rms_norm_eps, name="attention_norm")(x),
+            rotation,
+            segments,
+            cache,
+            None if virtual is None else Prefix(*virtual, positions),
         )
         x = checkpoint_name(x + out, "residual")
         mlp = SwiGlu(c.intermediate_size, c.mlp_bias, name="mlp")
@@ -134,7 +142,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "batch seq"],
+        tokens: Int[Array, "batch seq"] | Float[Array, "batch seq embed"],
         positions: Int[Array, "batch seq"],
         segments: Segments | None = None,
         cache: Cache | None = None,
@@ -142,34 +150,43 @@ class Decoder(nn.Module):
         """Final hidden states, normalised, ready for the head; and the cache with these tokens.
 
         Args:
-            tokens: ids.
-            positions: place of each token in its own example.
+            tokens: ids, or embeddings in their place.
+            positions: place of each token in its own example. Virtual tokens of the params, see
+                `nn.virtual`, come before it and are not counted.
             segments: which packed example each belongs to; None for one a row. With a cache, tokens
                 of segment 0 are padding and leave no trace in it.
-            cache: earlier tokens' keys and values, or None in training.
+            cache: earlier tokens' keys and values, or None in training. It begins as `start_cache`.
         """
         c = self.config
-        x = Embed(c.vocab_size, c.hidden_size, self.dtype, name="embed")(tokens)
-        x = _shard_rows(x, self.mesh)
+        embed = Embed(c.vocab_size, c.hidden_size, self.dtype, name="embed")
+        are_ids = jnp.issubdtype(tokens.dtype, jnp.integer)
+        x = _shard_rows(embed(tokens) if are_ids else tokens.astype(self.dtype), self.mesh)
         if not c.tie_embeddings and self.is_initializing():
             Dense(c.vocab_size, name="head")(x)
+        params = {} if self.is_initializing() else self.variables["params"]
+        if before := num_virtual_tokens(params):
+            positions = positions + before
+        virtual = virtual_tokens(self.clone(parent=None), params) if cache is None else None
         tables = rotation(c.rope, positions, c.head_dim)
         stacks = slots = None
         if cache is not None:
             real = cast(Array | None, segments)  # prompts are not shared in generation
-            cache, visible = _reserve(cache, tokens.shape[1], real, c.window)
+            cache, visible = _reserve(cache, positions, real, before, c.window)
             stacks, slots = (cache.keys, cache.values), (cache.length - tokens.shape[1], visible)
         block = Block
         if self.remat is not None and cache is None:
             block = nn.remat(Block, policy=self.remat, prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "reports": 0},
+            variable_axes={"params": 0, "reports": 0, KEPT: 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=c.num_layers,
         )(c, self.mesh, name="layers")
-        (x, stacks), _ = layers((x, stacks), jnp.arange(c.num_layers), tables, segments, slots)
+        places = None if virtual is None or c.window is None else positions
+        (x, stacks), _ = layers(
+            (x, stacks), jnp.arange(c.num_layers), tables, segments, slots, virtual, places
+        )
         x = Norm(c.rms_norm_eps, name="norm")(x)
         if cache is not None and stacks is not None:
             cache = cache._replace(keys=stacks[0], values=stacks[1])
@@ -186,6 +203,25 @@ def body(params: Params) -> Params:
     return {name: part for name, part in params.items() if name not in ("head", "score")}
 
 
+def start_cache(module: Decoder, params: Params, batch: int, slots: int) -> Cache:
+    """A cache with room for `slots` tokens a row, in which there are only the params' virtual tokens."""
+    virtual = virtual_tokens(module, params)
+    if virtual is None:
+        return init_cache(module.config, batch, slots, module.dtype)
+    before = virtual.keys.shape[2]
+    cache = init_cache(module.config, batch, before + slots, module.dtype)
+
+    def filled(stack: Array, first: Array) -> Array:
+        return stack.at[:, :, :, :before].set(first[:, None].astype(stack.dtype))
+
+    return Cache(
+        filled(cache.keys, virtual.keys),
+        filled(cache.values, virtual.values),
+        cache.filled.at[:, :before].set(True),
+        jnp.int32(before),
+    )
+
+
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `slots` tokens a row."""
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
@@ -193,9 +229,20 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any = jnp.f
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), filled, jnp.zeros((), jnp.int32))
 
 
-def _reserve(cache: Cache, new: int, segments: Array | None, window: int | None):
-    """The cache with `new` more slots taken, and which slots each new token sees."""
-    batch, slots = cache.filled.shape
+def _reserve(
+    cache: Cache, positions: Array, segments: Array | None, before: int, window: int | None
+):
+    """The cache with the new tokens' slots taken, and which slots each of them sees.
+
+    Args:
+        cache: as it was.
+        positions: places of the new tokens, virtual ones counted.
+        segments: 0 for padding.
+        before: how many virtual tokens there are, in the first slots.
+        window: of the model.
+    """
+    slots = cache.filled.shape[1]
+    batch, new = positions.shape
     real = jnp.ones((batch, new), bool) if segments is None else segments > 0
     filled = jax.lax.dynamic_update_slice(
         cache.filled, real, (jnp.zeros((), jnp.int32), cache.length)
@@ -205,7 +252,10 @@ def _reserve(cache: Cache, new: int, segments: Array | None, window: int | None)
     visible = slot <= own
     if window is not None:
         visible &= slot > own - window
-    visible = visible[None] & filled[:, None, :]
+    visible = visible[None]
+    if window is not None and before:  # padding is between their slots and the text's
+        visible = jnp.where(slot < before, positions[:, :, None] - slot < window, visible)
+    visible = visible & filled[:, None, :]
     return cache._replace(filled=filled, length=cache.length + new), visible
 
 

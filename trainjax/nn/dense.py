@@ -33,13 +33,14 @@ class Dense(nn.Module):
         y = matmul(rows, kernel)
         if isinstance(kernel, Weight) and self.is_mutable_collection("reports"):
             for name, value in kernel.reports(rows).items():
-                self.sow("reports", name, value, reduce_fn=_latest, init_fn=lambda: None)
+                self.sow("reports", name, value, reduce_fn=latest, init_fn=lambda: None)
         if self.use_bias:
             y += weight(self, "bias", nn.initializers.zeros, shape[1:]).astype(x.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
-def _latest(old: Any, new: Any) -> Any:
+def latest(old: Any, new: Any) -> Any:
+    """Of two values that a layer leaves under one name, the later."""
     return new
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,22 @@ class Branches(NamedTuple):
 
 Segments = Int[Array, "batch seq"] | Branches
 
+
+class Prefix(NamedTuple):
+    """Keys and values of virtual tokens, which come before every example of every row.
+
+    Attributes:
+        keys, values: seen by all tokens that the window lets see them. In float32 where they train:
+            their gradients are sums over all rows.
+        positions: place of each token in its own example, the virtual ones counted; read only where
+            there is a window.
+    """
+
+    keys: Float[Array, "kv_heads virtual dim"]
+    values: Float[Array, "kv_heads virtual dim"]
+    positions: Int[Array, "batch seq"] | None = None
+
+
 _MASKED = -1e30  # finite, so that a row with nothing to see gives numbers nobody reads, not NaN
 _log = logging.getLogger(__name__)
 
@@ -48,6 +64,7 @@ def attend(
     value: KeyValue,
     segments: Segments | None = None,
     *,
+    prefix: Prefix | None = None,
     window: int | None = None,
     mesh: Mesh | None = None,
 ) -> Query:
@@ -58,6 +75,7 @@ def attend(
         key, value: one per kv head.
         segments: which packed example a token belongs to; it sees its own only, or as `Branches` say.
             None for one example a row: causality alone then keeps padding on the right out of sight.
+        prefix: virtual tokens before each example, or None.
         window: see only this many latest tokens, itself included (Mistral's sliding window).
         mesh: the mesh that the arrays are sharded over, if any.
 
@@ -74,19 +92,20 @@ def attend(
         )
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if platform == "tpu":
-        if why_not := _splash_refuses(query, segments):
+        if why_not := _splash_refuses(query, segments, prefix):
             _say_once(f"splash attention cannot serve {why_not}; using plain XLA attention")
         else:
             return splash(query, key, value, segments, window=window, mesh=mesh)
     if platform in ("gpu", "cuda", "rocm"):
-        if why_not := _cudnn_refuses(query, platform):
+        if why_not := _cudnn_refuses(query, platform, prefix):
             _say_once(f"cuDNN attention cannot serve {why_not}; using plain XLA attention")
         else:
             return cudnn(query, key, value, segments, window=window)
     if platform == "cpu":  # no batched product of bf16 there: one cast here, not many inside
         q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
-        return blocked(q, k, v, segments, window=window).astype(query.dtype)
-    return blocked(query, key, value, segments, window=window)
+        out = blocked(q, k, v, segments, prefix=prefix, window=window)
+        return out.astype(query.dtype)
+    return blocked(query, key, value, segments, prefix=prefix, window=window)
 
 
 class _Blocks(NamedTuple):
@@ -100,6 +119,7 @@ def blocked(
     value: KeyValue,
     segments: Segments | None = None,
     *,
+    prefix: Prefix | None = None,
     window: int | None = None,
     block: int = 128,
 ) -> Query:
@@ -107,12 +127,13 @@ def blocked(
 
     Keys after a block are never touched, which nearly halves the work, and no array is larger than
     `heads * block * seq`. Output and logsumexp are all that the gradient keeps besides the inputs.
-    Query heads that share a key head are rows of one matrix product.
+    Query heads that share a key head are rows of one matrix product. The keys of a prefix are the first
+    of every block.
     """
     seq = query.shape[1]
     size = min(seq, max(block, -(-seq // 16)))  # blocks are unrolled: 16 at most
     grouped = _grouped(query, key.shape[2]), _heads_first(key), _heads_first(value)
-    return _ungrouped(_blocked(_Blocks(size, window), *grouped, segments))
+    return _ungrouped(_blocked(_Blocks(size, window), *grouped, segments, prefix))
 
 
 def _grouped(query: Query, kv_heads: int) -> Float[Array, "batch kv_heads group seq dim"]:
@@ -131,48 +152,73 @@ def _heads_first(x: KeyValue) -> Float[Array, "batch kv_heads seq dim"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(blocks: _Blocks, q, k, v, segments):
-    return _blocked_fwd(blocks, q, k, v, segments)[0]
+def _blocked(blocks: _Blocks, q, k, v, segments, prefix):
+    return _blocked_fwd(blocks, q, k, v, segments, prefix)[0]
 
 
-def _blocked_fwd(blocks: _Blocks, q, k, v, segments):
+def _blocked_fwd(blocks: _Blocks, q, k, v, segments, prefix):
     outs, logsumexps = [], []
     for rows, seen in _ranges(blocks, q.shape[3]):
-        scores = _scores(
-            q[..., rows, :], k[:, :, seen], _allowed(segments, rows, seen, blocks.window)
-        )
+        ki, vi = _keys_and_values(prefix, k, v, seen)
+        scores = _scores(q[..., rows, :], ki, _allowed(segments, prefix, rows, seen, blocks.window))
         top = jnp.max(scores, axis=-1, keepdims=True)
         p = jnp.exp(scores - top)
         total = jnp.sum(p, axis=-1, keepdims=True)
-        out = _per_kv_head(p.astype(v.dtype), v[:, :, seen], 1, 0) / total
+        out = _per_kv_head(p.astype(v.dtype), vi, 1, 0) / total
         outs.append(_split_rows(out.astype(q.dtype), q))
         logsumexps.append(_split_rows(top + jnp.log(total), q))
     out = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
     lse = checkpoint_name(jnp.concatenate(logsumexps, axis=3), "attention")
-    return out, (q, k, v, segments, out, lse)
+    return out, (q, k, v, segments, prefix, out, lse)
 
 
 def _blocked_bwd(blocks: _Blocks, residuals, g):
-    q, k, v, segments, out, lse = residuals
+    q, k, v, segments, prefix, out, lse = residuals
     f32 = jnp.float32
     delta = jnp.sum(g.astype(f32) * out.astype(f32), axis=-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
+    shared_k: Any = None if prefix is None else jnp.zeros(prefix.keys.shape, f32)
+    shared_v = shared_k
     for rows, seen in _ranges(blocks, q.shape[3]):
         qi, gi = _merge_rows(q[..., rows, :]), _merge_rows(g[..., rows, :])
-        ki, vi = k[:, :, seen], v[:, :, seen]
-        scores = _scores(q[..., rows, :], ki, _allowed(segments, rows, seen, blocks.window))
+        ki, vi = _keys_and_values(prefix, k, v, seen)
+        scores = _scores(q[..., rows, :], ki, _allowed(segments, prefix, rows, seen, blocks.window))
         p = jnp.exp(scores - _merge_rows(lse[..., rows, :]))
         dp = _per_kv_head(gi, vi, 1, 1)
         ds = p * (dp - _merge_rows(delta[..., rows, :])) * q.shape[-1] ** -0.5
         p, ds = p.astype(g.dtype), ds.astype(q.dtype)
-        dv = dv.at[:, :, seen].add(_per_kv_head(p, gi, 0, 0))
-        dk = dk.at[:, :, seen].add(_per_kv_head(ds, qi, 0, 0))
+        dv, shared_v = _added(dv, shared_v, seen, _per_kv_head(p, gi, 0, 0))
+        dk, shared_k = _added(dk, shared_k, seen, _per_kv_head(ds, qi, 0, 0))
         dqs.append(_split_rows(_per_kv_head(ds, ki, 1, 0), q))
     dq = jnp.concatenate(dqs, axis=3)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    dprefix = None
+    if prefix is not None:
+        dprefix = Prefix(shared_k.astype(prefix.keys.dtype), shared_v.astype(prefix.values.dtype))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dprefix
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
+
+
+def _keys_and_values(prefix: Prefix | None, k, v, seen: slice):
+    """Those that a block of queries may see: the prefix, the same for all rows, and the row's own."""
+    own = k[:, :, seen], v[:, :, seen]
+    if prefix is None:
+        return own
+    return tuple(
+        jnp.concatenate(
+            [jnp.broadcast_to(shared.astype(x.dtype), (x.shape[0], *shared.shape)), x], axis=2
+        )
+        for shared, x in zip((prefix.keys, prefix.values), own, strict=True)
+    )
+
+
+def _added(own, shared, seen: slice, new):
+    """A block's gradients added to those of the row's own tokens and of the prefix, which rows share."""
+    if shared is None:
+        return own.at[:, :, seen].add(new), None
+    count = shared.shape[1]
+    return own.at[:, :, seen].add(new[:, :, count:]), shared + jnp.sum(new[:, :, :count], axis=0)
 
 
 def _ranges(blocks: _Blocks, seq: int) -> list[tuple[slice, slice]]:
@@ -184,7 +230,7 @@ def _ranges(blocks: _Blocks, seq: int) -> list[tuple[slice, slice]]:
 
 
 def _allowed(
-    segments: Segments | None, rows: slice, seen: slice, window: int | None
+    segments: Segments | None, prefix: Prefix | None, rows: slice, seen: slice, window: int | None
 ) -> Bool[Array, "#batch 1 1 block keys"]:
     query_at = jnp.arange(rows.start, rows.stop)[:, None]
     key_at = jnp.arange(seen.start, seen.stop)[None, :]
@@ -194,7 +240,28 @@ def _allowed(
     allowed = allowed[None]
     if segments is not None:
         allowed = allowed & _related(segments, rows, seen)
+    if prefix is not None:
+        allowed = _joined(_virtual_allowed(prefix, rows, window), allowed)
     return allowed[:, None, None]
+
+
+def _virtual_allowed(
+    prefix: Prefix, rows: slice, window: int | None
+) -> Bool[Array, "#batch block virtual"]:
+    """Which virtual tokens a block of queries sees: they are the first of each example."""
+    count = prefix.keys.shape[1]
+    if window is None or prefix.positions is None:
+        return jnp.ones((1, rows.stop - rows.start, count), bool)
+    return prefix.positions[:, rows, None] - jnp.arange(count) < window
+
+
+def _joined(
+    first: Bool[Array, "#batch block virtual"], second: Bool[Array, "#batch block own"]
+) -> Bool[Array, "#batch block keys"]:
+    """Two masks side by side; where one is for all rows, repeated."""
+    batch = max(first.shape[0], second.shape[0])
+    parts = [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in (first, second)]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _related(segments: Segments, rows: slice, seen: slice) -> Bool[Array, "batch block keys"]:
@@ -276,9 +343,11 @@ def cudnn(
     )
 
 
-def _cudnn_refuses(query: Query, platform: str) -> str:
+def _cudnn_refuses(query: Query, platform: str, prefix: Prefix | None) -> str:
     if platform == "rocm":
         return "ROCm"
+    if prefix is not None:
+        return "virtual tokens"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{query.dtype} (bfloat16 and float16 only)"
     if query.shape[-1] % 8 or query.shape[-1] > 256:
@@ -335,7 +404,9 @@ def _splash_local(query, key, value, segments, *, window: int | None, interpret:
     return _ungrouped(jax.vmap(one_row)(q * dim**-0.5, k, v, ids))
 
 
-def _splash_refuses(query: Query, segments: Segments | None) -> str:
+def _splash_refuses(query: Query, segments: Segments | None, prefix: Prefix | None) -> str:
+    if prefix is not None:
+        return "virtual tokens"
     if isinstance(segments, Branches):
         return "completions that share a prompt"
     _, seq, _, dim = query.shape

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from trainjax import data, parallel, platform
 from trainjax.models import Model
-from trainjax.nn import Cache, Decoder, head, init_cache
+from trainjax.nn import Cache, Decoder, head, num_virtual_tokens, start_cache
 from trainjax.ops.head import logits
 from trainjax.parallel.rules import num_row_shards
 from trainjax.rollout.sampling import Drawn, Sampler, greedy, sample
@@ -262,13 +262,16 @@ def _check(
         raise ValueError(f"max_new_tokens={max_new_tokens}: an answer has at least one token")
     if sampler.temperature is not None and key is None:
         raise ValueError("sampling needs a key: key=jax.random.key(0)")
+    before = num_virtual_tokens(model.params)
     for number, prompt in zip(numbers, prompts, strict=True):
         if not prompt:
             raise ValueError(f"prompt {number} is empty")
-        if len(prompt) + max_new_tokens > model.config.max_length:
+        if before + len(prompt) + max_new_tokens > model.config.max_length:
+            virtual = f" after {before} virtual ones" if before else ""
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is "
-                f"more than the {model.config.max_length} that the model was made for"
+                f"prompt {number} has {len(prompt)} tokens{virtual}; with "
+                f"max_new_tokens={max_new_tokens} that is more than the "
+                f"{model.config.max_length} that the model was made for"
             )
 
 
@@ -312,7 +315,7 @@ def _prefill(
         return (cache, hidden[:, -1]), None
 
     pieces = tuple(_pieces(x) for x in (tokens, jnp.maximum(positions, 0), real))
-    cache = init_cache(module.config, rows, width + room, module.dtype)
+    cache = start_cache(module, params, rows, width + room)
     hidden = jnp.zeros((rows, module.config.hidden_size), module.dtype)
     (cache, hidden), _ = jax.lax.scan(feed, (cache, hidden), pieces)
     empty = Drawn(
