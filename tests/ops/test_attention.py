@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from tests import helpers
-from trainjax.ops.attention import Branches, attend, attend_cache, blocked, splash
+from trainjax.ops.attention import (
+    Branches,
+    Prefix,
+    _cudnn_refuses,
+    _splash_refuses,
+    attend,
+    attend_cache,
+    blocked,
+    splash,
+)
 
 
 class Case(NamedTuple):
@@ -238,3 +247,89 @@ def test_a_window_cannot_be_had_with_shared_prompts():
     ids = np.ones((1, 20), np.int32)
     with pytest.raises(ValueError, match="sliding window of 3 tokens cannot see past"):
         attend(*map(jnp.asarray, (q, k, v)), Branches(*map(jnp.asarray, (ids, ids))), window=3)
+
+
+@pytest.mark.parametrize(
+    ("case", "block"),
+    [
+        (Case(), 128),
+        (Case(heads=4, kv_heads=1, segments=True), 6),
+        (Case(window=5, segments=True), 4),
+        (Case(window=22), 7),  # wider than the row: of the prefix the last tokens still see a part
+    ],
+)
+def test_a_prefix_is_the_first_tokens_of_each_example(case, block):
+    """Output and gradients are those of rows of one example with the prefix written before it.
+
+    The prefix's own gradients are the sum over all examples.
+    """
+    q, k, v, g, segments = inputs(case)
+    count = 4
+    keys, values = np.random.default_rng(5).standard_normal(
+        (2, case.kv_heads, count, case.dim), np.float32
+    )
+    ids = np.ones((case.batch, case.seq), np.int32) if segments is None else segments
+    starts = np.argmax(ids[:, :, None] == ids[:, None, :], axis=-1)
+    positions = (count + np.arange(case.seq) - starts).astype(np.int32)
+
+    @jax.jit
+    def run(q, k, v, keys, values, g):
+        def f(q, k, v, keys, values):
+            prefix = Prefix(keys, values, None if case.window is None else jnp.asarray(positions))
+            packed = None if segments is None else jnp.asarray(segments)
+            return blocked(q, k, v, packed, prefix=prefix, window=case.window, block=block)
+
+        out, pull = jax.vjp(f, q, k, v, keys, values)
+        return out, *pull(g)
+
+    found = run(q, k, v, keys, values, g)
+    expected = [np.zeros(x.shape) for x in (q, q, k, v)]
+    shared = [np.zeros((count, *x.shape[:1], case.dim)) for x in (keys, values)]
+    for row, number in {(at, n) for at in range(case.batch) for n in ids[at].tolist()}:
+        own = ids[row] == number
+        first = [
+            np.zeros((count, case.heads, case.dim)),
+            *(x.swapaxes(0, 1) for x in (keys, values)),
+        ]
+        first.append(first[0])
+        whole = [
+            np.concatenate([part, x[row, own]])[None]
+            for part, x in zip(first, (q, k, v, g), strict=True)
+        ]
+        alone = dense(case._replace(batch=1, seq=whole[0].shape[1]), *whole, None)
+        for total, part in zip(expected, alone, strict=True):
+            total[row, own] += part[0, count:]
+        for total, part in zip(shared, alone[2:], strict=True):
+            total += part[0, :count]
+    assert_all_close(found[:4], expected, 1e-5)
+    for a, e in zip(found[4:], shared, strict=True):
+        np.testing.assert_allclose(np.asarray(a).swapaxes(0, 1), e, rtol=0, atol=2e-5)
+    assert {a.dtype for a in found} == {jnp.dtype("float32")}
+
+
+def test_the_gradient_of_a_prefix_is_summed_in_float32_under_bf16():
+    """512 equal rows: a sum in bf16 would stop at 256 times the gradient of one."""
+    case = Case(batch=1, seq=8)
+    q, k, v, g, _ = (None if x is None else jnp.asarray(x) for x in inputs(case, jnp.bfloat16))
+    keys, values = jnp.asarray(
+        np.random.default_rng(5).standard_normal((2, case.kv_heads, 3, case.dim), np.float32)
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(rows, q, k, v, g):
+        q, k, v, g = (jnp.tile(x, (rows, 1, 1, 1)) for x in (q, k, v, g))
+        f = lambda keys, values: blocked(q, k, v, prefix=Prefix(keys, values))  # noqa: E731
+        return jax.vjp(f, keys, values)[1](g)
+
+    for one, many in zip(gradients(1, q, k, v, g), gradients(512, q, k, v, g), strict=True):
+        assert many.dtype == jnp.float32
+        # Equal rows are rounded a little differently in programs of another size.
+        assert np.linalg.norm(many - 512 * one) < 0.02 * np.linalg.norm(512 * one)
+
+
+def test_kernels_of_accelerators_say_that_they_cannot_serve_a_prefix():
+    q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
+    prefix = Prefix(jnp.zeros((1, 3, 64)), jnp.zeros((1, 3, 64)))
+    assert not _splash_refuses(q, None, None)
+    assert not _cudnn_refuses(q, "gpu", None)
+    assert _splash_refuses(q, None, prefix) == _cudnn_refuses(q, "gpu", prefix) == "virtual tokens"

@@ -75,7 +75,7 @@ def torch_logits(model: Any) -> np.ndarray:
     return found[:, -TOKENS.shape[1] :]
 
 
-def same_logits(found, expected, tolerance: float = 1e-5) -> None:
+def assert_same_logits(found, expected, tolerance: float = 1e-5) -> None:
     helpers.assert_close({"logits": found}, {"logits": expected}, tolerance)
 
 
@@ -87,7 +87,9 @@ def test_virtual_tokens_of_peft_are_the_same_function_here(tmp_path, name, famil
     theirs.save_pretrained(tmp_path / "adapter")
     base = load(tmp_path / "base")
     expected = torch_logits(theirs)
-    same_logits(load(tmp_path / "base", adapter=tmp_path / "adapter").logits(TOKENS), expected)
+    assert_same_logits(
+        load(tmp_path / "base", adapter=tmp_path / "adapter").logits(TOKENS), expected
+    )
     assert np.abs(expected - base.logits(TOKENS)).max() > 0.1
     save_adapter(tmp_path / "ours", base, *load_adapter(tmp_path / "adapter", base))
     found, saved = (
@@ -109,7 +111,7 @@ def test_virtual_tokens_made_here_are_the_same_function_in_peft(tmp_path, name, 
     save_adapter(tmp_path / "adapter", base, method, adapter)
     theirs = peft.PeftModel.from_pretrained(pretrained(tmp_path / "base"), tmp_path / "adapter")
     found = base.with_params(method.attach(base.params, adapter)).logits(TOKENS)
-    same_logits(found, torch_logits(theirs))
+    assert_same_logits(found, torch_logits(theirs))
 
 
 def linear(layer: Any, stack: tuple[int, ...] = ()) -> dict[str, np.ndarray]:

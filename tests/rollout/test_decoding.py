@@ -9,6 +9,8 @@ import pytest
 import trainjax as tj
 from tests import toy
 from trainjax import models
+from trainjax.peft.prefix import prefix
+from trainjax.peft.prompt import prompt
 from trainjax.rollout import prompt_ids, sampler, stream
 
 PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95, 96], [100] * 70]
@@ -35,8 +37,8 @@ def without_cache(model, prompt, count):
 
 def test_a_batch_of_unequal_prompts_gives_what_each_gives_without_cache_or_padding(model):
     found = tj.generate(model, PROMPTS, max_new_tokens=20)
-    for prompt, answer in zip(PROMPTS, found, strict=True):
-        tokens, logprobs = without_cache(model, prompt, 20)
+    for text, answer in zip(PROMPTS, found, strict=True):
+        tokens, logprobs = without_cache(model, text, 20)
         assert answer.tokens == tokens
         np.testing.assert_allclose(answer.logprobs, logprobs, atol=2e-5)
         assert answer.finish_reason == "length"
@@ -58,6 +60,32 @@ def test_a_sliding_window_holds_in_the_cache_too(window):
     model = models.random_model(toy.CONFIG | changes, jax.random.key(1), tokenizer=toy.tokenizer())
     (answer,) = tj.generate(model, PROMPTS[2:3], max_new_tokens=12)
     assert answer.tokens == without_cache(model, PROMPTS[2], 12)[0]
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("method", [prompt(3), prefix(3)], ids=["prompt", "prefix"])
+def test_virtual_tokens_are_in_the_cache_as_in_the_whole_text(method, window):
+    """Of prompts of unequal length: padding is between the virtual tokens' slots and the text's."""
+    changes = {"model_type": "mistral", "sliding_window": window}
+    base = models.random_model(toy.CONFIG | changes, jax.random.key(1), tokenizer=toy.tokenizer())
+    base = base.with_params(jax.tree.map(lambda w: 4 * w if w.ndim > 2 else w, base.params))
+    adapter = jax.tree.map(lambda x: 2 * x, method.init(jax.random.key(2), base.params))
+    model = base.with_params(method.attach(base.params, adapter))
+    found = tj.generate(model, PROMPTS[:3], max_new_tokens=12)
+    for text, answer in zip(PROMPTS, found, strict=False):
+        tokens, logprobs = without_cache(model, text, 12)
+        assert answer.tokens == tokens
+        np.testing.assert_allclose(answer.logprobs, logprobs, atol=2e-5)
+    assert [a.tokens for a in found] != [
+        a.tokens for a in tj.generate(base, PROMPTS[:3], max_new_tokens=12)
+    ]
+
+
+def test_virtual_tokens_count_in_the_models_length(model):
+    method = prefix(3)
+    params = method.attach(model.params, method.init(jax.random.key(0), model.params))
+    with pytest.raises(ValueError, match="500 tokens after 3 virtual ones; with max_new_tokens=10"):
+        tj.generate(model.with_params(params), [[70] * 500], max_new_tokens=10)
 
 
 def test_an_end_token_ends_an_answer_and_is_its_last(model):
