@@ -156,8 +156,8 @@ def test_a_prompt_goes_through_the_layers_once_whatever_the_batch():
 
 
 @METHODS
-def test_params_without_virtual_tokens_run_the_program_that_they_ran_before(method):
-    """What was attached leaves no trace in the program of the base."""
+def test_attaching_leaves_no_trace_in_the_program_of_the_base(method):
+    """Params without virtual tokens run one program, before and after others were attached."""
     model = helpers.tiny()
     module, tokens = model.module, jnp.zeros((3, 7), jnp.int32)
     run = lambda params: module.apply({"params": params}, tokens, tokens)[0]  # noqa: E731
