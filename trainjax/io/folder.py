@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import shutil
+import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -47,6 +49,21 @@ class HfFolder:
         with _opened(file) as tensors:
             return tensors.get_tensor(name)
 
+    def dtype(self, name: str) -> np.dtype:
+        """What the tensor's numbers are stored as."""
+        return next(self.parts(name, 1)).dtype
+
+    def parts(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """The tensor a few rows at a time; no more of it is in memory. A scalar is one row."""
+        file, shape = self._index[name]
+        if not shape:
+            yield self.read(name).reshape(1)
+            return
+        for start in range(0, shape[0], rows):
+            # Mapped: with pread all of the tensor would be read for any slice of it.
+            with _opened(file, "mmap") as tensors:
+                yield tensors.get_slice(name)[start : min(start + rows, shape[0])]
+
     def tokenizer(self) -> Any | None:
         return tokenizers.from_folder(self.path)
 
@@ -73,9 +90,9 @@ class HfFolder:
         return files
 
 
-def _opened(file: Path) -> Any:
+def _opened(file: Path, backend: Literal["pread", "mmap"] = "pread") -> Any:
     try:
-        return safe_open(file, framework="np", backend="pread")
+        return safe_open(file, framework="np", backend=backend)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
 
@@ -105,6 +122,60 @@ def write_shards(
         total += tensor.nbytes
     flush()
     _name_shards(path, shards, total)
+
+
+def stream_shards(
+    path: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    parts: Callable[[str], Iterable[np.ndarray]],
+    max_bytes: int = 5 * 2**30,
+) -> None:
+    """Writes tensors part by part, in files as `write_shards` makes; only a part is in memory.
+
+    Args:
+        path: the folder.
+        tensors: shapes and dtypes by name, in the order of the files.
+        parts: by a tensor's name its rows, first to last.
+        max_bytes: of a file, if not a single tensor takes more.
+
+    Raises:
+        ValueError: a dtype that safetensors has no name for.
+    """
+    sizes = {name: _num_bytes(shape, dtype) for name, (shape, dtype) in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    for number, names in enumerate(shards, 1):
+        with (path / f"model-{number:05d}.tmp").open("wb") as file:
+            file.write(_header({name: tensors[name] for name in names}))
+            for name in names:
+                for part in parts(name):
+                    file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    _name_shards(path, shards, sum(sizes.values()))
+
+
+_SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def _header(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
+    """What a safetensors file says before its tensors' bytes; a multiple of 8 bytes with its length."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        if dtype.name not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"{name} cannot be written as {dtype.name}")
+        start, end = end, end + _num_bytes(shape, dtype)
+        entry = {"shape": list(shape), "data_offsets": [start, end]}
+        table[name] = {"dtype": _SAFETENSORS_DTYPES[dtype.name], **entry}
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def _name_shards(path: Path, shards: list[list[str]], total: int) -> None:

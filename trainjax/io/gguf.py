@@ -14,7 +14,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, final
 
@@ -72,6 +72,17 @@ class GgufFile:
         values = self._load(name, self._tensors[name])
         order = self._architecture.rows(name, len(values), self.config)
         return values if order is None else values[order]
+
+    def dtype(self, name: str) -> np.dtype:
+        """What `read` gives the tensor's numbers as."""
+        kind = self._tensors[name].type
+        return np.dtype(next((_DTYPES[known] for known in _DTYPES if known == kind), np.float32))
+
+    def parts(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """The tensor a few rows at a time; all of it is in memory meanwhile."""
+        values = self.read(name)
+        for start in range(0, len(values), rows):
+            yield values[start : start + rows]
 
     def tokenizer(self) -> Any | None:
         """The `PreTrainedTokenizerFast` with its chat template; None where there is no vocabulary.

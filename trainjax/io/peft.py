@@ -19,15 +19,16 @@ _OF_NO_MODULE = ("prompt_embeddings",)  # virtual tokens, which PEFT writes with
 _BASE = "trainjax_base"  # our key in the safetensors metadata, which other readers pass over
 
 
-def write(path: Path, files: PeftFiles, fingerprint: str) -> None:
-    """Writes an adapter's folder; each file appears whole or not at all."""
+def write(path: Path, files: PeftFiles, fingerprint: str | None) -> None:
+    """Writes an adapter's folder, with its base's fingerprint; each file appears whole or not at all."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
         name if name in _OF_NO_MODULE else _PREFIX + name: tensor
         for name, tensor in files.tensors.items()
     }
     with folder.replaced(path / _TENSORS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", _BASE: fingerprint})
+        base = {} if fingerprint is None else {_BASE: fingerprint}
+        save_file(tensors, temporary, metadata={"format": "pt"} | base)
     with folder.replaced(path / _CONFIG) as temporary:
         folder.write_json(temporary, files.fields)
 
