@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainjax import estimate as estimate
     from trainjax import evals as evals
     from trainjax import losses as losses
+    from trainjax import merging as merging
     from trainjax import models as models
     from trainjax import optim as optim
     from trainjax import parallel as parallel
@@ -55,7 +56,7 @@ _HOMES = {
     "scorer": "trainjax.scorers",
 }
 _MODULES = {
-    *("data", "estimate", "evals", "losses", "models", "optim"),
+    *("data", "estimate", "evals", "losses", "merging", "models", "optim"),
     *("parallel", "peft", "rollout", "train", "tree"),
 }
 __all__ = sorted([*_HOMES, *_MODULES])
