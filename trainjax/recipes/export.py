@@ -123,7 +123,13 @@ def _peft(config: Config) -> None:
 
 
 def _merging(config: Config, adapter: Path) -> merge.Config:
-    return merge.Config(config.model, adapter, config.out, config.dtype, config.other_base)
+    return merge.Config(
+        model=config.model,
+        adapter=adapter,
+        out=config.out,
+        dtype=config.dtype,
+        other_base=config.other_base,
+    )
 
 
 def _scores(model: str) -> bool:

@@ -1,55 +1,126 @@
-"""Put an adapter into its model's weights, as a folder that transformers loads."""
+"""Put an adapter into its model's weights, or make one model, or one adapter, of several."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from trainjax import models
+from trainjax import merging, models
 from trainjax.nn import body
 from trainjax.recipes import _common as common
+from trainjax.recipes._merging import (
+    OF_ADAPTERS,
+    OF_MODELS,
+    MethodName,
+    check_read,
+    named,
+    settings,
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Writes a model folder whose weights are the base's with the adapter added, a reward model's too."""
+    """Writes the model with --adapter in its weights, or what --method makes of --models or --adapters."""
 
-    model: str
-    """The base that the adapter was trained on."""
-    adapter: Path
-    """The adapter's folder, in PEFT's format."""
+    model: str | None = None
+    """The base: that the adapter was trained on, or that the models to merge began as."""
+    adapter: Path | None = None
+    """An adapter's folder, in PEFT's format, to put into the base; a reward model's too."""
+    models: tuple[str, ...] = ()
+    """Models to merge: folders, .gguf files, hub ids. In timber the instruct model; in
+    instruction_residual the base after further pretraining, then the instruct model."""
+    adapters: tuple[Path, ...] = ()
+    """LoRA adapters of one base, in PEFT's format, to merge into one adapter."""
     out: Path
     """Folder to write; it must not exist yet."""
+    method: MethodName | None = None
+    """How: linear, cat, svd or ties_svd for adapters; for models any but the last three."""
+    weights: tuple[float, ...] = ()
+    """One for each model or adapter, by default 1; below 0 takes away what it has learned."""
+    density: float | None = None
+    """Share of each difference from the base that is kept, in ties and dare."""
+    normalize: bool = True
+    """Divide by the sum of the weights, in linear of models."""
+    scale: float = 1.0
+    """Multiplies the merged difference in ties (lambda), and the instruction residual."""
+    t: float | None = None
+    """How far from the first model (0) to the second (1), in slerp."""
+    gamma: float = 0.0
+    """What timber leaves of the directions beyond the effective rank."""
+    rank: int | None = None
+    """Of the adapter in svd and ties_svd; by default the largest of those merged."""
+    seed: int = 0
+    """Of what dare drops."""
     dtype: common.DtypeName | None = None
-    """Of the weights written; by default as the base's are stored."""
+    """Of a model's weights; by default as the base's are stored, or without one the first's."""
+    tokenizer: str | None = None
+    """Which of the models gives tokenizer and configuration; by default the instruct model where
+    there is one, else the first with a chat template, the base before others."""
     other_base: bool = False
-    """Accept an adapter that was trained on another base of the same shape."""
+    """Accept adapters that were trained on another base of the same shape."""
+    other_tokenizer: bool = False
+    """Accept models to whose tokenizers an id is different tokens."""
 
 
 def main(config: Config) -> None:
     """Runs the job."""
-    write(config)
+    jobs = {"adapter": _put_in, "models": _merge_models, "adapters": _merge_adapters}
+    given = [job for name, job in jobs.items() if getattr(config, name)]
+    if len(given) != 1:
+        raise ValueError(
+            "give --adapter to put one into --model, or --models or --adapters to merge several"
+        )
+    given[0](config)
     print(config.out)
 
 
-def write(config: Config) -> None:
-    """Writes the folder."""
+def _put_in(config: Config) -> None:
+    check_read(config, "--adapter", {"model", "adapter", "dtype", "other_base"})
+    if config.model is None or config.adapter is None:
+        raise ValueError("--adapter needs --model, the base that it was trained on")
     if models.is_scorer(config.adapter):
-        _merge_scorer(config)
-    else:
-        _merge(config)
-
-
-def _merge(config: Config) -> None:
+        _put_into_scorer(config)
+        return
     model = common.load_model(config.model, dtype=config.dtype)
     method, adapter = models.load_adapter(config.adapter, model, other_base=config.other_base)
     models.save_model(config.out, model, method.merge(model.params, adapter))
 
 
-def _merge_scorer(config: Config) -> None:
+def _put_into_scorer(config: Config) -> None:
     model, method, params = common.load_scorer(
-        config.model, dtype=config.dtype, adapter=config.adapter, other_base=config.other_base
+        str(config.model), dtype=config.dtype, adapter=config.adapter, other_base=config.other_base
     )
     assert method is not None  # there is an adapter
     merged = {**params, "body": method.merge(body(model.params), params["body"])}
     models.save_scorer(config.out, model, None, merged)
+
+
+def _merge_models(config: Config) -> None:
+    make = named(OF_MODELS, config.method, "models")
+    reads = {"model", "models", "dtype", "tokenizer", "other_tokenizer"}
+    method = make(**settings(config, make, reads, len(config.models)))
+    if method.needs_base and config.model is None:
+        raise ValueError(f"--method {config.method} needs --model, the base that --models began as")
+    if config.model is not None and not method.needs_base:
+        raise ValueError(f"--method {config.method} has no base: give --model among --models")
+    merging.merge_models(
+        config.out,
+        method,
+        config.models,
+        config.model,
+        dtype=config.dtype and common.DTYPES[config.dtype],
+        tokenizer=config.tokenizer,
+        other_tokenizer=config.other_tokenizer,
+    )
+
+
+def _merge_adapters(config: Config) -> None:
+    make = named(OF_ADAPTERS, config.method, "adapters")
+    reads = {"adapters", "weights", "other_base"}
+    merging.merge_adapters(
+        config.out,
+        make(**settings(config, make, reads, len(config.adapters))),
+        config.adapters,
+        config.weights or None,
+        other_base=config.other_base,
+    )
