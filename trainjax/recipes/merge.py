@@ -64,6 +64,12 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the job."""
+    write(config)
+    print(config.out)
+
+
+def write(config: Config) -> None:
+    """Writes the folder."""
     jobs = {"adapter": _put_in, "models": _merge_models, "adapters": _merge_adapters}
     given = [job for name, job in jobs.items() if getattr(config, name)]
     if len(given) != 1:
@@ -71,7 +77,6 @@ def main(config: Config) -> None:
             "give --adapter to put one into --model, or --models or --adapters to merge several"
         )
     given[0](config)
-    print(config.out)
 
 
 def _put_in(config: Config) -> None:
