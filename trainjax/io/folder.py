@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trainjax.io import tokenizer as tokenizers
+from trainjax.types import Blocks
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -46,6 +47,9 @@ class HfFolder:
         # was read in the process's resident memory, which doubles the peak of loading.
         with _opened(file) as tensors:
             return tensors.get_tensor(name)
+
+    def blocks(self, name: str) -> Blocks | None:
+        return None
 
     def tokenizer(self) -> Any | None:
         return tokenizers.from_folder(self.path)

@@ -35,6 +35,10 @@ class Tied(Weight):
     def shape(self) -> tuple[int, ...]:
         return self.embedding.shape[::-1]
 
+    def dense(self) -> Float[Array, "embed vocab"]:
+        """The transpose, in memory."""
+        return self.embedding.astype(jnp.float32).T
+
 
 def logits(hidden: Float[Array, "*rows embed"], head: Head) -> Float[Array, "*rows vocab"]:
     """All the logits in float32, for a few positions: sampling, small checks."""

@@ -34,6 +34,11 @@ def matmul(x: Float[Array, "rows in"], w: Array | Weight) -> Float[Array, "rows 
     return x @ w
 
 
+def dense(w: Array | Weight) -> Array:
+    """The matrix in float32, as an array."""
+    return w.dense() if isinstance(w, Weight) else w.astype(jnp.float32)
+
+
 @jax.custom_vjp
 def _matmul(x: Array, w: Array) -> Array:
     """Its gradients are `dot`s too; those of a product that is cast afterwards would be of float32.

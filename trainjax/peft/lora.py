@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from trainjax import tree
-from trainjax.ops.matmul import low_rank, matmul
+from trainjax.ops.matmul import dense, low_rank, matmul
 from trainjax.types import Params, Peft, PeftFiles, Weight, pytree, static
 
 ALL_LINEAR = r"^layers/"
@@ -54,6 +54,10 @@ class Lora(Weight):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.w.shape
+
+    def dense(self) -> Float[Array, "*stack in out"]:
+        """`w + a b scale`, in float32."""
+        return dense(self.w) + self.a @ (self.b * self.scale[..., None, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +146,10 @@ def _shardings(targets: Mapping[str, Any]) -> Params | None:
     """A follows its matrix along the inputs and B along the outputs; the rank is never split."""
     found: dict[str, NamedSharding] = {}
     for name, w in targets.items():
-        if isinstance(w, jax.Array) and isinstance(w.sharding, NamedSharding):
-            mesh, spec = w.sharding.mesh, tuple(w.sharding.spec)
-            *stack, rows, columns = spec + (None,) * (w.ndim - len(spec))
+        sharding = getattr(w, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            mesh, spec = sharding.mesh, tuple(sharding.spec)
+            *stack, rows, columns = spec + (None,) * (len(w.shape) - len(spec))
             found[f"{name}/a"] = NamedSharding(mesh, PartitionSpec(*stack, rows, None))
             found[f"{name}/b"] = NamedSharding(mesh, PartitionSpec(*stack, None, columns))
     return tree.unflatten(found) if len(found) == 2 * len(targets) else None
@@ -165,8 +170,9 @@ def _attach(
 
 def _merge(config: _Config, params: Params, adapter: Params) -> Params:
     def leaf(name: str, w: Any, a: Array, b: Array) -> Array:
-        scale = _scales(config, name, w.shape[:-2])[..., None, None]
-        return (w.astype(jnp.float32) + a @ (b * scale)).astype(w.dtype)
+        # Over a quantised base in float32: the sum is of the dequantised matrix that the adapter saw.
+        dtype = w.dtype if isinstance(w, jax.Array) else jnp.float32
+        return Lora(w, a, b, _scales(config, name, w.shape[:-2])).dense().astype(dtype)
 
     return _with_factors(jax.jit(leaf, static_argnums=0), params, adapter)
 
