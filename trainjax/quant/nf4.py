@@ -30,11 +30,19 @@ def _dynamic_table() -> np.ndarray:
     """256 numbers: zero, one, and for each of seven decades twice as many as for the one below it."""
     positive = []
     for decade in range(7):
-        edges = np.float32(np.linspace(np.float32(0.1), np.float32(1.0), 2**decade + 1))
+        edges = _linspace(np.float32(0.1), np.float32(1.0), 2**decade + 1)
         centres = (edges[:-1] + edges[1:]) / np.float32(2)
         positive.append(np.float32(10.0 ** (decade - 6)) * centres)
     half = np.concatenate(positive)
     return np.sort(np.concatenate([half, -half, np.float32([0.0, 1.0])]))
+
+
+def _linspace(first: np.float32, last: np.float32, count: int) -> np.ndarray:
+    """As torch rounds it: from both ends to the middle, by a step in float32."""
+    step = np.float64((last - first) / np.float32(count - 1))
+    place = np.arange(count)
+    ends = np.float64(first) + step * place, np.float64(last) - step * (count - 1 - place)
+    return np.where(place < count // 2, *ends).astype(np.float32)
 
 
 DYNAMIC = _dynamic_table()
