@@ -127,8 +127,8 @@ def _from_checkpoint(
 ) -> Model:
     if quantise is not None and (already := checkpoint.config.get("quantization_config")):
         raise ValueError(
-            f"{source} is quantised already (quant_method={already.get('quant_method')!r}); give the original "
-            "weights, which are quantised while they are loaded"
+            f"{source} is quantised already (quant_method={already.get('quant_method')!r}); give the "
+            "original weights, which are quantised while they are loaded"
         )
     module = _module(checkpoint.config, mesh, compute_dtype, remat)
     params, corners = _read(checkpoint, _abstract(checkpoint, module), mesh, dtype, quantise)
