@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
@@ -64,6 +65,9 @@ def _forward(x: Array, w: Quantised) -> tuple[Array, Quantised]:
 
 
 def _backward(w: Quantised, g: Array) -> tuple[Array, None]:
+    # The barrier keeps XLA from finding that the forward pass, which remat puts just before this one, has
+    # dequantised the same codes: it would keep each matrix from there to here.
+    g, w = lax.optimization_barrier((g, w))
     return dot(g, w.matrix(g.dtype), 1, 0), None
 
 
