@@ -18,10 +18,10 @@ dequantise anew, so that under `nn.scan` one layer at a time is dense.
 
 Of qwix 0.1.8, which has these formats too and runs on the versions of JAX that we support, the tests take
 FP8 as the truth, and the code nothing. Measured on a matrix of 1024 x 1024 on CPU with JAX 0.10.2: its NF4
-codes are ours, but each takes a byte (JAX holds `uint4` so there) where two share one here; its scales have no
-eight-bit form; quantising takes 8 bytes a number beside the matrix, and here 0.06; and autodiff of its
-`dequantize` keeps the dense matrix for the backward pass, 4 bytes a number where our codes and scales are 0.56.
-Its INT8 and FP8 would serve, at 0.45 s of import for what is three lines here.
+codes are ours, but each takes a byte (JAX holds `uint4` so there) where two share one here; its scales have
+no eight-bit form; quantising takes 8 bytes a number beside the matrix, and here 0.06; and autodiff of its
+`dequantize` keeps the dense matrix for the backward pass, 4 bytes a number where our codes and scales are
+0.56. Its INT8 and FP8 would serve, at 0.45 s of import for what is three lines here.
 """
 
 from trainjax.quant.format import LAYERS, Format, dense, quantise
