@@ -12,6 +12,7 @@ import pytest
 
 from trainjax import tree
 from trainjax.ops.head import Tied
+from trainjax.types import Frozen
 
 
 def params() -> dict:
@@ -109,3 +110,26 @@ def test_keys_differ_by_name_and_are_the_same_in_another_process():
 @pytest.mark.parametrize(("bad", "finite"), [(1.0, True), (np.nan, False), (-np.inf, False)])
 def test_all_finite_looks_at_every_number(bad, finite):
     assert bool(tree.all_finite({"a": jnp.ones(3), "b": jnp.asarray([0.0, bad])})) == finite
+
+
+def with_frozen():
+    return {"a": Frozen(jnp.ones(2)), "b": {"c": jnp.zeros(3), "d": Frozen({"e": jnp.ones(1)})}}
+
+
+def test_what_is_frozen_is_not_trainable_and_stays_when_the_rest_is_replaced():
+    trained = tree.trainable(with_frozen())
+    assert list(tree.flatten(trained)) == ["b/c"]
+    moved = tree.with_trained(with_frozen(), jax.tree.map(lambda x: x + 5, trained))
+    assert jax.tree.structure(moved) == jax.tree.structure(with_frozen())
+    np.testing.assert_array_equal(moved["b"]["c"], [5, 5, 5])
+    np.testing.assert_array_equal(moved["a"].value, [1, 1])
+
+
+def test_thawed_parts_are_plain_arrays_without_a_gradient():
+    def total(params):
+        return sum(leaf.sum() for leaf in jax.tree.leaves(tree.thawed(params)))
+
+    assert list(tree.flatten(tree.thawed(with_frozen()))) == ["a", "b/c", "b/d/e"]
+    gradient = jax.grad(total)(with_frozen())
+    np.testing.assert_array_equal(gradient["b"]["c"], [1, 1, 1])
+    assert not gradient["a"].value.any()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from trainjax import platform, sharing
+from trainjax import platform, sharing, tree
 from trainjax.models import Model
 from trainjax.nn import Decoder, head
 from trainjax.ops.attention import Branches
@@ -59,7 +59,7 @@ class Policy:
             Stats aligned with `tokens`: entry `[b, t]` is of `tokens[b, t]`. The first token of a
             row is nobody's target: its entry is 0.
         """
-        weights, hidden = self._forward(params, batch, key)
+        weights, hidden, _ = self._forward(params, batch, key)
         targets = batch.get("targets", batch["tokens"])
         where = jnp.ones(targets.shape, bool) if where is None else where
         shards = num_row_shards(self.module.mesh)
@@ -81,7 +81,7 @@ class Policy:
 
         For the batch's `targets`. The first token of a row is nobody's target and stays.
         """
-        weights, hidden = self._forward(params, batch)
+        weights, hidden, _ = self._forward(params, batch)
         tokens = batch["tokens"]
         output = head(self.module.config, weights)
         drawn = draw(key, hidden, output, vocab_block=self._vocab_block())
@@ -101,6 +101,16 @@ class Policy:
         """Final hidden states, for losses and heads that do not go through the vocabulary."""
         return self._forward(params, batch, key)[1]
 
+    def reports(
+        self, params: Params | None, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> dict[str, Array]:
+        """What the weights report of the forward pass, by name: `[layers, batch * seq, ...]` each.
+
+        A router's probabilities, say; see `Weight.reports`. Of the forward pass that the policy's other
+        functions run.
+        """
+        return tree.flatten(self._forward(params, batch, key)[2])
+
     def _vocab_block(self) -> int | None:
         """Entries of the vocabulary at once: all of them where devices share it."""
         mesh = self.module.mesh
@@ -108,8 +118,8 @@ class Policy:
 
     def _forward(
         self, params: Params | None, batch: Batch, key: PRNGKeyArray | None = None
-    ) -> tuple[Params, Array]:
-        """The weights and the hidden states, which the terms of a loss share."""
+    ) -> tuple[Params, Array, Params]:
+        """The weights, the hidden states and what weights report, which the terms of a loss share."""
         names = ("tokens", "positions", "segments", "prefixes")
         read = {name: batch[name] for name in names if name in batch}
         return sharing.once(_forward, self, params, read, key)
@@ -117,7 +127,7 @@ class Policy:
 
 def _forward(
     policy: Policy, params: Params | None, batch: Batch, key: PRNGKeyArray | None
-) -> tuple[Params, Array]:
+) -> tuple[Params, Array, Params]:
     weights, tokens = policy.attached(params, key), batch["tokens"]
     positions = batch.get("positions")
     if positions is None:
@@ -125,7 +135,10 @@ def _forward(
     segments = batch.get("segments")
     if segments is not None and "prefixes" in batch:
         segments = Branches(segments, batch["prefixes"])
-    return weights, policy.module.apply({"params": weights}, tokens, positions, segments)[0]
+    (hidden, _), reported = policy.module.apply(
+        {"params": weights}, tokens, positions, segments, mutable=["reports"]
+    )
+    return weights, hidden, reported.get("reports", {})
 
 
 def policy(model: Model, method: Peft | None = None) -> Policy:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from trainjax.types import Params, Weight
+from trainjax.types import Frozen, Params, Weight
 
 
 def is_weight(leaf: Any) -> bool:
@@ -140,6 +140,39 @@ def wide(x: Array) -> Array:
 def key_for(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """A key of the name's own: the same in every process and whatever else the tree holds."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def trainable(params: PyTree) -> PyTree:
+    """The params with None in the place of what is `Frozen`: what an optimizer sees."""
+    return jax.tree.map(lambda x: None if is_frozen(x) else x, params, is_leaf=is_frozen)
+
+
+def with_trained(params: PyTree, trained: PyTree) -> PyTree:
+    """The params with other numbers where they train; the inverse of `trainable`.
+
+    Args:
+        params: with `Frozen` parts or without.
+        trained: a tree like `trainable(params)`.
+    """
+    leaf = lambda x: x is None or is_frozen(x)  # noqa: E731
+    return jax.tree.map(
+        lambda old, new: old if is_frozen(old) else new, params, trained, is_leaf=leaf
+    )
+
+
+def thawed(params: PyTree) -> PyTree:
+    """The params with the arrays of `Frozen` parts as plain ones, which let no gradient through."""
+    stop = lambda x: jax.tree.map(_stopped, x.value) if is_frozen(x) else x  # noqa: E731
+    return jax.tree.map(stop, params, is_leaf=is_frozen)
+
+
+def _stopped(x: Any) -> Any:
+    return jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x  # not of abstract arrays
+
+
+def is_frozen(leaf: Any) -> bool:
+    """Whether a node of the params is marked as not training."""
+    return isinstance(leaf, Frozen)
 
 
 def all_finite(tree: PyTree) -> Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray, PyTree, UInt8
 
@@ -118,6 +119,27 @@ class Weight(abc.ABC):
             ValueError: no matrix does what it does (it computes something that is not linear in x).
         """
 
+    def reports(self, x: Array) -> Mapping[str, Array]:
+        """What a penalty or a metric wants to know of a product with `x`, `[rows, in]`; by default nothing.
+
+        An array each, rows first. Layers hand them on to who asks: `policies.Policy.reports`.
+        """
+        return {}
+
+
+@pytree
+class Frozen:
+    """A part of an adapter, or of any params, that belongs to it and does not train.
+
+    Projections that were drawn once, factors of the start, earlier adapters. The training step gives it
+    neither gradient nor optimizer state, nor weight decay, and checkpoints and files hold it.
+
+    Attributes:
+        value: an array, or a pytree of them.
+    """
+
+    value: Any
+
 
 class PeftFiles(NamedTuple):
     """An adapter in the format of the PEFT library.
@@ -135,18 +157,26 @@ class Peft(NamedTuple):
     """A parameter-efficient method as pure functions, in the manner of an Optax transform.
 
     Attributes:
-        init: `(key, params) -> adapter`: the arrays that train, in float32.
+        init: `(key, params) -> adapter`: the arrays that train, in float32, and `Frozen` ones beside them.
         attach: `(params, adapter, key=None) -> params`: the params of the forward pass. `key` turns
             on what is random in training (dropout). At init it computes the base's function.
-        merge: `(params, adapter) -> params` with plain arrays, for export.
+        merge: `(params, adapter) -> params` with plain arrays, for export. A method whose function no
+            weights have (prompts, routers) raises a ValueError that says so.
         export: `(adapter, modules) -> PeftFiles`, where `modules` names PEFT's module for each of
             our matrices. Its inverse is the function `from_peft` of the method's file.
+        penalty: `(adapter, reports, rows) -> (scalar, metrics)`, a term that belongs to the method's
+            loss (orthogonality, balance), or None; see `losses.adapter_penalty`. `reports` are what its
+            weights report, `rows` the weight of each row in them.
+        transform: `(steps) -> optax.GradientTransformation`, the last link of an optimizer's chain for a
+            run of so many steps (learning rates of its own, a budget of ranks), or None.
     """
 
     init: Callable[[PRNGKeyArray, Params], Params]
     attach: Callable[..., Params]
     merge: Callable[[Params, Params], Params]
     export: Callable[[Params, Mapping[str, str]], PeftFiles]
+    penalty: Callable[..., tuple[Array, Metrics]] | None = None
+    transform: Callable[[int], optax.GradientTransformation] | None = None
 
 
 @pytree

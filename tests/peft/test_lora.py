@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import helpers
+from tests.peft import contract
 from trainjax import tree
 from trainjax.peft import Lora, lora
 
@@ -238,3 +239,10 @@ def test_an_adapter_of_other_names_is_refused():
             ValueError, match="the adapter has 'layers/mixer/kernel', which the model"
         ):
             use(model.params, adapter)
+
+
+class TestContract(contract.Contract):
+    methods = {
+        "plain": lora(rank=2, alpha=4.0),
+        "rslora on some": lora(rank=3, target="query|up", rslora=True),
+    }

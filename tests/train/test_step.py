@@ -16,7 +16,7 @@ from trainjax import parallel, tree
 from trainjax.losses import sft
 from trainjax.peft import lora
 from trainjax.train import init, make_step
-from trainjax.types import Loss
+from trainjax.types import Frozen, Loss
 
 LORA = lora(rank=2, target="query|up", dropout=0.1)
 BATCH = helpers.random_batch(rows=4)
@@ -218,3 +218,24 @@ def test_a_step_in_bf16_over_bf16_weights_mixes_no_dtypes_and_trains_in_float32(
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     assert metrics["loss"].dtype == jnp.float32
     assert bool(metrics["is_finite"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_frozen_has_no_optimizer_state_and_no_decay(accumulate):
+    """The gradient of `w` is of the sum of both parts, though only one of them trains."""
+
+    def square(inputs, params, batch, key):
+        whole = tree.thawed(params)
+        return jnp.sum((whole["w"] + whole["fixed"]) ** 2) * jnp.sum(batch["x"]), {}
+
+    tx = optax.adamw(1e-2, weight_decay=0.5)
+    state = init({"w": jnp.ones(3), "fixed": Frozen(jnp.full(3, 2.0))}, tx)
+    moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state)]
+    assert moments.count((3,)) == 2
+    batch = {"x": np.full(2, 0.5, np.float32)}
+    new, metrics = make_step(tx, accumulate=accumulate)(state, Loss(square), batch)
+    np.testing.assert_array_equal(new.params["fixed"].value, [2.0, 2.0, 2.0])
+    assert float(metrics["loss"]) == 27.0
+    np.testing.assert_allclose(metrics["grad_norm"], 6 * 3**0.5, rtol=1e-6)
+    # Adam's first step is the rate itself, and decay takes rate * 0.5 * w.
+    np.testing.assert_allclose(new.params["w"], 1 - 1e-2 * (1 + 0.5), rtol=1e-6)

@@ -1,5 +1,6 @@
 """Losses: array maths that can be read alone, and functions that wire a policy into a `Loss`."""
 
+from trainjax.losses.adapter import adapter_penalty
 from trainjax.losses.combine import at, ensemble, on, scheduled, uncertainty, with_log_variances
 from trainjax.losses.continual import (
     Anchored,
@@ -29,6 +30,7 @@ from trainjax.losses.reweight import (
 from trainjax.losses.sft import dco, dft, reward_weighted, sft, unlikelihood
 
 __all__ = [
+    "adapter_penalty",
     "at",
     "Anchored",
     "bradley_terry",

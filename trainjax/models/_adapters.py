@@ -132,8 +132,9 @@ def _read(path: str | Path, model: Model, *, other_base: bool) -> PeftFiles:
 
 def _from_files(path: str | Path, found: PeftFiles, model: Model) -> tuple[Peft, Params]:
     package = trainjax.peft
-    for module in pkgutil.iter_modules(package.__path__):
-        method = importlib.import_module(f"{package.__name__}.{module.name}")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    for name in (name for name in names if not name.startswith("_")):
+        method = importlib.import_module(f"{package.__name__}.{name}")
         loaded = method.from_peft(found, _modules(model), model.params)
         if loaded is not None:
             return loaded

@@ -164,7 +164,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=self.remat, prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "reports": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,

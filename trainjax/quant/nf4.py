@@ -15,13 +15,14 @@ from trainjax.types import pytree, static
 
 BLOCK, OUTER = 64, 256
 
-TABLE = np.float32(
+TABLE = np.array(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
         *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
         *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ]
+    ],
+    np.float32,
 )
 """What the codes 0 to 15 stand for (Dettmers et al. 2023, arXiv:2305.14314, appendix E)."""
 
@@ -33,8 +34,8 @@ def _dynamic_table() -> np.ndarray:
         edges = _linspace(np.float32(0.1), np.float32(1.0), 2**decade + 1)
         centres = (edges[:-1] + edges[1:]) / np.float32(2)
         positive.append(np.float32(10.0 ** (decade - 6)) * centres)
-    half = np.concatenate(positive)
-    return np.sort(np.concatenate([half, -half, np.float32([0.0, 1.0])]))
+    half: np.ndarray = np.concatenate(positive)
+    return np.sort(np.concatenate([half, -half, np.array([0.0, 1.0], np.float32)]))
 
 
 def _linspace(first: np.float32, last: np.float32, count: int) -> np.ndarray:
@@ -95,7 +96,7 @@ class Nf4(Quantised):
     def matrix(self, dtype: Any) -> Float[Array, "*stack out in"]:
         scales = self.scales.decoded() if isinstance(self.scales, Scales) else self.scales
         # One array of codes and no second for the lower halves: XLA then makes the numbers in one loop.
-        codes = (self.codes[..., None] >> np.uint8([4, 0])) & np.uint8(15)
+        codes = (self.codes[..., None] >> np.array([4, 0], np.uint8)) & np.uint8(15)
         values = jnp.asarray(TABLE).at[codes].get(mode="promise_in_bounds")
         numbers = values.reshape(*scales.shape, BLOCK) * scales[..., None]
         return _unrolled(numbers.astype(dtype), self.shape)

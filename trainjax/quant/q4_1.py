@@ -37,7 +37,7 @@ class Q41(Quantised):
 
     def matrix(self, dtype: Any) -> Float[Array, "*stack out in"]:
         packed = self.codes.reshape(*self.steps.shape, 1, BLOCK // 2)
-        codes = (packed >> np.uint8([[0], [4]])) & np.uint8(15)
+        codes = (packed >> np.array([[0], [4]], np.uint8)) & np.uint8(15)
         steps, least = (x.astype(jnp.float32)[..., None, None] for x in (self.steps, self.least))
         numbers = (codes.astype(jnp.float32) * steps + least).astype(dtype)
         *stack, fan_in, fan_out = self.shape
@@ -52,10 +52,11 @@ def q4_1() -> Format:
 
 def from_blocks(blocks: Blocks) -> Q41:
     """The file's bytes, 20 a block: the step, the least number, then the codes."""
-    *shape, count, _ = blocks.data.shape
-    steps = jax.lax.bitcast_convert_type(blocks.data[..., :2], jnp.float16)
-    least = jax.lax.bitcast_convert_type(blocks.data[..., 2:4], jnp.float16)
-    return Q41(blocks.data[..., 4:].reshape(*shape, count * (BLOCK // 2)), steps, least)
+    data = jnp.asarray(blocks.data)
+    *shape, count, _ = data.shape
+    steps = jax.lax.bitcast_convert_type(data[..., :2], jnp.float16)
+    least = jax.lax.bitcast_convert_type(data[..., 2:4], jnp.float16)
+    return Q41(data[..., 4:].reshape(*shape, count * (BLOCK // 2)), steps, least)
 
 
 def _encode(rows: Float[Array, "*stack out in"]) -> Q41:

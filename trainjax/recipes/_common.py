@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,26 +43,61 @@ RematName = Literal["full", "attention", "projections", "none"]
 BaseFormatName = Literal["nf4", "nf4-single", "int8", "fp8", "stored"]
 
 
+PEFT: Mapping[str, Callable[..., Peft]] = {
+    "lora": peft.lora,
+}
+PeftName = Literal["lora"]
+
+
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """The adapter."""
+    """The adapter. A setting that is not given is the method's own default."""
 
-    rank: int = 16
-    """Inner size of the low-rank update."""
-    alpha: float = 32.0
-    """Numerator of its scale, alpha / rank."""
-    target: str = peft.ALL_LINEAR
+    name: PeftName = "lora"
+    """The method."""
+    rank: int | None = None
+    """Inner size of a low-rank update (lora: 16)."""
+    alpha: float | None = None
+    """Numerator of its scale, alpha / rank (lora: 32)."""
+    target: str | None = None
     """Regex of the matrices that get one, over names such as layers/attention/query/kernel."""
-    dropout: float = 0.0
-    """On the update's input, in training."""
-    rslora: bool = False
+    dropout: float | None = None
+    """On the update's input, in training (0)."""
+    rslora: bool | None = None
     """Scale by alpha / sqrt(rank)."""
 
     def method(self) -> Peft:
-        """The adapter's functions."""
-        return peft.lora(
-            self.rank, self.alpha, self.target, rslora=self.rslora, dropout=self.dropout
-        )
+        """The adapter's functions.
+
+        Raises:
+            ValueError: a setting that the method does not have, or a value that it refuses.
+        """
+        return PEFT[self.name](**self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """The method's settings, those that were not given as its own defaults.
+
+        Raises:
+            ValueError: a setting that the method does not have.
+        """
+        parameters = inspect.signature(PEFT[self.name]).parameters
+        known = {name: parameters[name].default for name in _SETTINGS if name in parameters}
+        values = {name: getattr(self, name) for name in _SETTINGS}
+        given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            if name not in known:
+                raise ValueError(
+                    f"{self.name} has no {name} (--peft.{name} {value}); its settings are "
+                    f"{', '.join(known)}"
+                )
+        return known | given
+
+    def resolved(self) -> PeftConfig:
+        """The same with the method's defaults written out: what a run is known by."""
+        return PeftConfig(name=self.name, **self.settings())
+
+
+_SETTINGS = [field.name for field in dataclasses.fields(PeftConfig) if field.name != "name"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -305,7 +305,8 @@ def same_run(settings: Settings, model: Model, stages: Sequence[Stage]) -> dict[
     """What must be equal for a resumed run to be the same run, as JSON has it."""
     apart = {"out", "resume", "mesh", "remat", "tensorboard", "wandb", "model"}
     found: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(settings).items():
+    resolved = dataclasses.replace(settings, peft=settings.peft.resolved())
+    for name, value in dataclasses.asdict(resolved).items():
         if isinstance(value, dict):
             found |= {f"{name}.{key}": part for key, part in value.items()}
         elif name not in apart:
@@ -319,8 +320,13 @@ def same_run(settings: Settings, model: Model, stages: Sequence[Stage]) -> dict[
 
 def save_adapter(settings: Settings, model: Model, adapter: Params) -> None:
     """The adapter in PEFT's format: of the rank that it has, which may be that of several together."""
-    group, rank = settings.peft, next(iter(tree.select(adapter, "/a$").values())).shape[-1]
-    grown = rank / group.rank
-    alpha = group.alpha * (grown**0.5 if group.rslora else grown)  # the scale stays
-    method = dataclasses.replace(group, rank=rank, alpha=alpha).method()
+    group, rank = (
+        settings.peft.resolved(),
+        next(iter(tree.select(adapter, "/a$").values())).shape[-1],
+    )
+    if group.rank is not None and group.alpha is not None:
+        grown = rank / group.rank
+        alpha = group.alpha * (grown**0.5 if group.rslora else grown)  # the scale stays
+        group = dataclasses.replace(group, rank=rank, alpha=alpha)
+    method = group.method()
     models.save_adapter(settings.out / "adapter", model, method, adapter)

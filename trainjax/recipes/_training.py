@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainjax import data, models, optim, train, tree
+from trainjax import data, losses, models, optim, train, tree
 from trainjax.models import Model
 from trainjax.nn import flops_per_token
+from trainjax.policies import policy
 from trainjax.recipes import _common as common
 from trainjax.recipes._common import MeshConfig, PeftConfig, say
 from trainjax.train import metrics
@@ -81,10 +82,13 @@ class StepConfig:
         return optim.warmup_cosine(self.learning_rate, steps, self.warmup)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Of so many steps."""
+        """Of so many steps; the method's own link is the last."""
+        method = self.adapter()
+        own = [] if method is None or method.transform is None else [method.transform(steps)]
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
             optax.adamw(self.schedule(steps), weight_decay=self.weight_decay),
+            *own,
         )
 
     def plan(self, length: int) -> data.Plan:
@@ -170,7 +174,10 @@ def run(
 ) -> None:
     """Trains a language model, whole or by an adapter; see `Job` and `run_job`."""
     first, save = (functools.partial(f, config) for f in (_first_params, _save))
-    run_job(config, Job(loss_of, first, save, read, prepare, same))
+    run_job(
+        config,
+        Job(functools.partial(_with_penalty, config, loss_of), first, save, read, prepare, same),
+    )
 
 
 def run_job(config: TrainConfig, job: Job) -> None:
@@ -241,6 +248,14 @@ def run_job(config: TrainConfig, job: Job) -> None:
                 num_tokens=num_tokens,
             )
     job.save(model, state.params)
+
+
+def _with_penalty(config: TrainConfig, loss_of: Callable[[Model], Loss], model: Model) -> Loss:
+    """The recipe's loss and, where the method has one, the method's own term."""
+    method, loss = config.adapter(), loss_of(model)
+    if method is None or method.penalty is None:
+        return loss
+    return loss + losses.adapter_penalty(policy(model, method))
 
 
 def _first_params(config: TrainConfig, model: Model) -> Params:
@@ -361,6 +376,7 @@ def settings(
     found: dict[str, Any] = {}
     for name in names:
         value = getattr(config, name)
+        value = value.resolved() if isinstance(value, PeftConfig) else value
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             found |= {f"{name}.{key}": part for key, part in dataclasses.asdict(value).items()}
         else:

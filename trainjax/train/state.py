@@ -10,6 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from trainjax import tree
 from trainjax.types import Params
 
 
@@ -18,8 +19,9 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: optimizer steps done.
-        params: what trains: an adapter or the whole model, in float32.
-        opt_state: the optimizer's; a `WithCombiner` where a gradient combiner has a state too.
+        params: what trains: an adapter or the whole model, in float32; parts of it may be `Frozen`.
+        opt_state: the optimizer's, of what is not frozen; a `WithCombiner` where a gradient combiner
+            has a state too.
         key: root of the run's randomness; step n uses `fold_in(key, n)`.
     """
 
@@ -69,7 +71,7 @@ def init(
     """
     key = jax.random.key(key) if isinstance(key, int) else jnp.copy(key)
     params = jax.tree.map(jnp.copy, params)
-    opt_state = _without_aliases(tx.init(params), params)
+    opt_state = _without_aliases(tx.init(tree.trainable(params)), params)
     opt_state = join_opt_state(opt_state, jax.tree.map(jnp.copy, combiner_state))
     return _committed(TrainState(jnp.zeros((), jnp.int32), params, opt_state, key))
 

@@ -32,6 +32,8 @@ def make_step(
     input: other coefficients, references or base weights of equal shape run the same program. It sees
     the batch with one key more: `step`, the number of optimizer steps done before, for schedules.
 
+    Parts of the params that are `Frozen` get neither gradient nor optimizer state and stay bit by bit.
+
     With a combiner the step takes a dict of losses by task and keeps their gradients apart until all
     micro-batches are in. Tasks may read one batch, or each its own of a dict of batches (`losses.on`).
     The key of a task's loss is made from the task's name.
@@ -57,6 +59,7 @@ def make_step(
         _check(loss, batch, combine)
         key = jax.random.fold_in(state.key, state.step)
         optimizer, combiner = split_opt_state(state.opt_state)
+        trained = tree.trainable(state.params)
         grads, metrics = _gradients(loss, state.params, state.step, batch, key, accumulate)
         if combine is not None:
             values = {name: metrics[f"{name}/loss"] for name in grads}
@@ -66,13 +69,13 @@ def make_step(
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         with jax.numpy_dtype_promotion("standard"):  # Optax counts on it (float ** int)
-            updates, optimizer = tx.update(grads, optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+            updates, optimizer = tx.update(grads, optimizer, trained)
         opt_state = join_opt_state(optimizer, combiner)
         keep = lambda new, old: jnp.where(is_finite, new, old)  # noqa: E731
+        params = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
         new = TrainState(
             step=state.step + 1,
-            params=jax.tree.map(keep, params, state.params),
+            params=tree.with_trained(state.params, params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             key=state.key,
         )
@@ -117,7 +120,10 @@ def _gradients(
 
 
 def _of_one(loss: Loss, params: Params, batch: Batch, key: Any) -> tuple[Params, Metrics]:
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+    def of_trained(trained: Params) -> tuple[Array, Metrics]:
+        return loss(tree.with_trained(params, trained), batch, key)
+
+    (value, metrics), grads = jax.value_and_grad(of_trained, has_aux=True)(tree.trainable(params))
     return grads, metrics | {"loss": value}
 
 

@@ -1,0 +1,143 @@
+"""What methods that change matrices have in common: which matrices, their parts by name, their layout.
+
+The adapter of such a method is a nested dict: under the name of each matrix its parts, such as
+`layers/attention/query/kernel/a`. A part has the leading axes (layers, experts) of its matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray
+
+from trainjax import tree
+from trainjax.ops.matmul import dense
+from trainjax.types import Params
+
+ALL_LINEAR = r"^layers/"
+"""Every matrix of every layer: attention and feed-forward, not embeddings and head."""
+
+Parts = Mapping[str, Any]
+"""The arrays of one matrix (of one stack of matrices) by the part's name."""
+
+
+def targets(params: Params, pattern: str) -> dict[str, Any]:
+    """The matrices whose name matches the regex: kernels, not norms, biases and embeddings.
+
+    Raises:
+        ValueError: nothing matches.
+    """
+    matrices = {name: w for name, w in tree.flatten(params).items() if name.endswith("kernel")}
+    return tree.select(matrices, pattern)
+
+
+def drawn(
+    key: PRNGKeyArray,
+    matrices: Mapping[str, Any],
+    draw: Callable[[PRNGKeyArray, str, Any], Parts],
+    axes: Mapping[str, Sequence[str | None]],
+) -> Params:
+    """The parts of all matrices, in one program, each laid out over devices as its matrix is.
+
+    Args:
+        key: of the draw; a matrix gets one of its name's own, whatever other matrices there are.
+        matrices: by name.
+        draw: `(key, name, w) -> parts`, arrays or `Frozen` ones.
+        axes: of each part the last axes, as `in` or `out` of the matrix, or None; never split then.
+    """
+
+    def parts(key: PRNGKeyArray, matrices: Mapping[str, Any]) -> Params:
+        found: dict[str, Any] = {}
+        for name, w in matrices.items():
+            made = draw(tree.key_for(key, name), name, w)
+            found |= {f"{name}/{part}": value for part, value in made.items()}
+        return tree.unflatten(found)
+
+    return jax.jit(parts, out_shardings=_layout(matrices, axes))(key, dict(matrices))
+
+
+def _layout(matrices: Mapping[str, Any], axes: Mapping[str, Sequence[str | None]]) -> Params | None:
+    found: dict[str, NamedSharding] = {}
+    for name, w in matrices.items():
+        sharding = getattr(w, "sharding", None)
+        if isinstance(w, jax.core.Tracer) or not isinstance(sharding, NamedSharding):
+            return None
+        spec = tuple(sharding.spec)
+        *stack, rows, columns = spec + (None,) * (len(w.shape) - len(spec))
+        split = {"in": rows, "out": columns, None: None}
+        for part, last in axes.items():
+            own = PartitionSpec(*stack, *(split[axis] for axis in last))
+            found[f"{name}/{part}"] = NamedSharding(sharding.mesh, own)
+    return tree.unflatten(found)
+
+
+def replaced(params: Params, adapter: Params, leaf: Callable[[str, Any, Parts], Any]) -> Params:
+    """The params with `leaf(name, w, parts)` in the place of each matrix that the adapter has parts of.
+
+    Raises:
+        ValueError: the adapter is of a matrix that the params do not have.
+    """
+    named = tree.flatten(params)
+    groups = grouped(adapter)
+    if unknown := [name for name in groups if name not in named]:
+        raise ValueError(f"the adapter has {unknown[0]!r}, which the model does not")
+    return tree.replace(params, {name: leaf(name, named[name], groups[name]) for name in groups})
+
+
+def grouped(adapter: Params) -> dict[str, dict[str, Any]]:
+    """The adapter's arrays, frozen ones as plain ones, by matrix and part."""
+    groups: dict[str, dict[str, Any]] = {}
+    for full, value in tree.flatten(tree.thawed(adapter)).items():
+        name, _, part = full.rpartition("/")
+        groups.setdefault(name, {})[part] = value
+    return groups
+
+
+def merged(weight: Any, base: Any) -> jax.Array:
+    """What a weight stands for, as an array in the dtype of the base that it was put over.
+
+    Over a quantised base float32: its matrix is the dequantised one, on which the adapter was trained.
+    """
+    return _dense_as(base.dtype if isinstance(base, jax.Array) else jnp.dtype("float32"), weight)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense_as(dtype: Any, weight: Any) -> jax.Array:
+    return dense(weight).astype(dtype)
+
+
+def per_matrix(
+    pattern: Sequence[tuple[str, Any]], default: Any, name: str, stack: Sequence[int]
+) -> np.ndarray:
+    """The value for each matrix of a stack: of the first pattern that matches its full name."""
+    values = np.full(tuple(stack), default)
+    if pattern:
+        for index in np.ndindex(*stack):
+            full = tree.numbered(name, index)
+            found = (value for key, value in pattern if tree.regex(key).search(full))
+            values[index] = next(found, default)
+    return values
+
+
+def dropout_keys(key: PRNGKeyArray | None, dropout: float, name: str, stack: Sequence[int]) -> Any:
+    """A key for each matrix of a stack, or None where nothing is dropped."""
+    if key is None or not dropout:
+        return None
+    return jax.random.split(tree.key_for(key, name), tuple(stack))
+
+
+def checked_dropout(dropout: float) -> float:
+    """The dropout.
+
+    Raises:
+        ValueError: it is no probability below 1.
+    """
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout} is not a probability below 1")
+    return dropout
