@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree, UInt8
 
 from trainjax.sharing import scope
 
@@ -266,6 +266,19 @@ class _Prefix:
         return value, {f"{self.name}/{key}": metric for key, metric in metrics.items()}
 
 
+@pytree
+class Blocks:
+    """A matrix as a file holds it: numbers in blocks along the inputs, of so many bytes each.
+
+    Attributes:
+        data: rows (outputs) first.
+        kind: the format's name in the file, `Q8_0` say.
+    """
+
+    data: UInt8[Array | np.ndarray, "out blocks bytes"]
+    kind: str = static()
+
+
 @runtime_checkable
 class Checkpoint(Protocol):
     """A model's files as they come from the ecosystem, read one tensor at a time.
@@ -282,6 +295,10 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, on the host. Only this tensor is in memory."""
+        ...
+
+    def blocks(self, name: str) -> Blocks | None:
+        """One tensor as it is stored, on the host, or None where it is stored as plain numbers."""
         ...
 
     def tokenizer(self) -> Any | None:

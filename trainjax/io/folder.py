@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trainjax.io import tokenizer as tokenizers
+from trainjax.types import Blocks
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -63,6 +64,9 @@ class HfFolder:
             # Mapped: with pread all of the tensor would be read for any slice of it.
             with _opened(file, "mmap") as tensors:
                 yield tensors.get_slice(name)[start : min(start + rows, shape[0])]
+
+    def blocks(self, name: str) -> Blocks | None:
+        return None
 
     def tokenizer(self) -> Any | None:
         return tokenizers.from_folder(self.path)

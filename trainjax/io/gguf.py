@@ -24,6 +24,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from trainjax.io.tokenizer import from_gguf
 from trainjax.tree import nearest
+from trainjax.types import Blocks
 
 
 @final
@@ -67,9 +68,7 @@ class GgufFile:
             KeyError: no tensor has that name; the message suggests the nearest.
             ValueError: the tensor's type is not supported; the message names both.
         """
-        if name not in self._tensors:
-            raise KeyError(f"{self._path} has no tensor {name!r}{nearest(name, self._tensors)}")
-        values = self._load(name, self._tensors[name])
+        values = self._load(name, self._found(name))
         order = self._architecture.rows(name, len(values), self.config)
         return values if order is None else values[order]
 
@@ -83,6 +82,21 @@ class GgufFile:
         values = self.read(name)
         for start in range(0, len(values), rows):
             yield values[start : start + rows]
+
+    def blocks(self, name: str) -> Blocks | None:
+        """One matrix as the file has it, its rows in the order of `transformers`; None if not in blocks.
+
+        Raises:
+            KeyError: no tensor has that name; the message suggests the nearest.
+        """
+        tensor = self._found(name)
+        size, num_bytes = _block(tensor.type)
+        if size == 1 or len(tensor.shape) != 2:
+            return None
+        rows, columns = tensor.shape
+        data = np.array(self._bytes(tensor)).reshape(rows, columns // size, num_bytes)
+        order = self._architecture.rows(name, rows, self.config)
+        return Blocks(data if order is None else data[order], _type_name(tensor.type))
 
     def tokenizer(self) -> Any | None:
         """The `PreTrainedTokenizerFast` with its chat template; None where there is no vocabulary.
@@ -98,8 +112,16 @@ class GgufFile:
                 f"tensor {name!r} of {self._path} has the type {_type_name(tensor.type)}; the "
                 f"types that can be read are {', '.join(kind.name for kind in _SUPPORTED)}"
             )
-        raw = np.memmap(self._path, np.uint8, "r", tensor.offset, (_num_bytes(tensor),))
-        return _dequantise(raw, GGMLQuantizationType(tensor.type)).reshape(tensor.shape)
+        kind = GGMLQuantizationType(tensor.type)
+        return _dequantise(self._bytes(tensor), kind).reshape(tensor.shape)
+
+    def _bytes(self, tensor: Tensor) -> np.ndarray:
+        return np.memmap(self._path, np.uint8, "r", tensor.offset, (_num_bytes(tensor),))
+
+    def _found(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise KeyError(f"{self._path} has no tensor {name!r}{nearest(name, self._tensors)}")
+        return self._tensors[name]
 
 
 # --- the header ---------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import PRNGKeyArray
 
-from trainjax import parallel, tree
+from trainjax import parallel, quant, tree
 from trainjax.io.hub import open_checkpoint
 from trainjax.models import _adapters
 from trainjax.models._model import (
+    CORNER,
     SCORE,
     Model,
     abstract_params,
@@ -37,6 +40,7 @@ def load(
     dtype: Any = None,
     compute_dtype: Any = None,
     remat: Callable[..., Any] | None = remat.full,
+    quantise: quant.Format | None = None,
     adapter: str | Path | None = None,
 ) -> Model:
     """A model from a hub id, a Hugging Face folder or a `.gguf` file.
@@ -47,11 +51,15 @@ def load(
         dtype: what weights are kept in; by default what the file has (float32 for quantised GGUF).
         compute_dtype: what activations are in; by default float32 on CPU and bfloat16 elsewhere.
         remat: what the backward pass keeps; one of `trainjax.nn.remat`.
+        quantise: a format of `trainjax.quant` for the layers' matrices, `nf4()` say: one tensor after the
+            other is quantised, from the file's numbers, so that the model never is in memory as it was.
+            Its fingerprint stays that of the original weights.
         adapter: a folder in PEFT's format, to be attached.
 
     Raises:
         ValueError: no such model, an unsupported architecture, tensors that are missing, unknown or
-            of another shape, a reward model, an adapter that was trained on another base.
+            of another shape, a reward model, an adapter that was trained on another base; a tensor that
+            cannot be quantised, by name.
     """
     checkpoint = open_checkpoint(source)
     if SCORE in checkpoint.shapes():
@@ -59,7 +67,7 @@ def load(
             f"{source} is a reward model: it has {SCORE}, to score texts and not to make them; "
             "give the model that it was trained from, or read it with load_scorer"
         )
-    model = _from_checkpoint(checkpoint, str(source), mesh, dtype, compute_dtype, remat)
+    model = _from_checkpoint(checkpoint, str(source), mesh, dtype, compute_dtype, remat, quantise)
     if adapter is None:
         return model
     method, factors = _adapters.load_adapter(adapter, model)
@@ -73,6 +81,7 @@ def load_scorer(
     dtype: Any = None,
     compute_dtype: Any = None,
     remat: Callable[..., Any] | None = remat.full,
+    quantise: quant.Format | None = None,
     adapter: str | Path | None = None,
     other_base: bool = False,
 ) -> tuple[Model, Peft | None, Params]:
@@ -85,6 +94,7 @@ def load_scorer(
         dtype: as in `load`; the head that scores is in float32 in any case.
         compute_dtype: as in `load`.
         remat: as in `load`.
+        quantise: as in `load`.
         adapter: a folder in PEFT's format, of `task_type` SEQ_CLS: it has the head, and is not attached.
         other_base: accept an adapter that was trained here on another base of the same shape.
 
@@ -94,7 +104,7 @@ def load_scorer(
     Source: agrees with `AutoModelForSequenceClassification` of transformers 5, and PEFT 0.21 over it.
     """
     checkpoint = open_checkpoint(source)
-    model = _from_checkpoint(checkpoint, str(source), mesh, dtype, compute_dtype, remat)
+    model = _from_checkpoint(checkpoint, str(source), mesh, dtype, compute_dtype, remat, quantise)
     if adapter is not None:
         return model, *_adapters.load_scoring_adapter(adapter, model, other_base=other_base)
     if "score" not in model.params:
@@ -113,9 +123,15 @@ def _from_checkpoint(
     dtype: Any,
     compute_dtype: Any,
     remat: Any,
+    quantise: quant.Format | None,
 ) -> Model:
+    if quantise is not None and (already := checkpoint.config.get("quantization_config")):
+        raise ValueError(
+            f"{source} is quantised already (quant_method={already.get('quant_method')!r}); give the "
+            "original weights, which are quantised while they are loaded"
+        )
     module = _module(checkpoint.config, mesh, compute_dtype, remat)
-    params = _read(checkpoint, _abstract(checkpoint, module), mesh, dtype)
+    params, corners = _read(checkpoint, _abstract(checkpoint, module), mesh, dtype, quantise)
     return Model(
         module.config,
         module,
@@ -123,7 +139,7 @@ def _from_checkpoint(
         checkpoint.tokenizer(),
         checkpoint.config,
         source,
-        fingerprint(params),
+        fingerprint(params, corners),
     )
 
 
@@ -169,48 +185,118 @@ def _module(hf: Mapping[str, Any], mesh: Mesh | None, compute_dtype: Any, remat:
     return Decoder(family(hf).config(hf), jnp.dtype(compute_dtype), remat, mesh)
 
 
-def _read(checkpoint: Checkpoint, abstract: Params, mesh: Mesh | None, dtype: Any) -> Params:
+def _read(
+    checkpoint: Checkpoint,
+    abstract: Params,
+    mesh: Mesh | None,
+    dtype: Any,
+    quantise: quant.Format | None,
+) -> tuple[Params, dict[str, np.ndarray]]:
+    """The params, and of those that were quantised the first numbers, for the fingerprint."""
     names = tensor_names(checkpoint.config, abstract)
     _check_names(checkpoint, names, tied="head/kernel" not in names)
+    corners: dict[str, np.ndarray] = {}
 
-    def leaf(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(name: str, shape: jax.ShapeDtypeStruct) -> Any:
+        tensors, layout = names[name], _layout(name, shape.shape, mesh)
         transposed = name.endswith("kernel")
-        stacked = len(names[name]) == shape.shape[0] and name.startswith("layers/")
+        stacked = len(tensors) == shape.shape[0] and name.startswith("layers/")
         each = shape.shape[1:] if stacked else shape.shape
-        expected = each[::-1] if transposed else each
-        for tensor in names[name]:
-            if (found := checkpoint.shapes()[tensor]) != expected:
-                raise ValueError(f"{tensor} is {found}; config.json asks for {expected}")
+        _check_shapes(checkpoint, tensors, each[::-1] if transposed else each)
+        if quantise is not None and re.search(quant.LAYERS, name):
+            corners[name] = _corner(checkpoint, tensors)
+            return _stack(
+                quantise.encode, _read_for(quantise, checkpoint, tensors), tensors, layout
+            )
 
-        def tensors():
-            for tensor in names[name]:
+        def values() -> Iterator[np.ndarray]:
+            for tensor in tensors:
                 value = checkpoint.read(tensor)
                 value = value.T if transposed else value
                 yield np.ascontiguousarray(value if dtype is None else value.astype(dtype))
 
-        return _stack(tensors(), shape.shape, _layout(name, shape.shape, mesh), stacked)
+        if not stacked:
+            return jax.device_put(next(values()), layout)
+        return _stack(_as_it_is, values(), tensors, layout)
 
-    return tree.map_named(leaf, abstract)
+    return tree.map_named(leaf, abstract), corners
 
 
-def _stack(tensors: Any, shape: tuple[int, ...], layout: Sharding, stacked: bool) -> jax.Array:
-    """The tensors as one device array; each is on the host only until it has been copied."""
-    if not stacked:
-        return jax.device_put(next(tensors), layout)
-    first = next(tensors)
-    stack = jax.jit(lambda: jnp.zeros(shape, first.dtype), out_shardings=layout)()
-    fill = _filler(layout)
-    stack = fill(stack, first, 0)
-    for index, tensor in enumerate(tensors, 1):
-        stack = fill(stack, tensor, index)
+def _check_shapes(
+    checkpoint: Checkpoint, tensors: Sequence[str], expected: tuple[int, ...]
+) -> None:
+    for tensor in tensors:
+        if (found := checkpoint.shapes()[tensor]) != expected:
+            raise ValueError(f"{tensor} is {found}; config.json asks for {expected}")
+
+
+def _corner(checkpoint: Checkpoint, tensors: Sequence[str]) -> np.ndarray:
+    first = [checkpoint.read(tensor)[:CORNER, :CORNER].T for tensor in tensors[:CORNER]]
+    return np.stack(first)
+
+
+Encode = Callable[[Any], Any]
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _read_for(
+    quantise: quant.Format, checkpoint: Checkpoint, tensors: Sequence[str]
+) -> Iterator[Any]:
+    """The tensors as the format takes them.
+
+    Raises:
+        ValueError: one cannot be quantised, or is stored in another way than the first; by name.
+    """
+    kinds = set()
+    for tensor in tensors:
+        value = quantise.read(checkpoint, tensor)
+        kinds.add(jax.tree.structure(value))
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{tensor} is stored in another format than {tensors[0]}; layers are stacked, so all of a "
+                "kind have to be in one to stay as stored"
+            )
+        yield value
+
+
+def _stack(encode: Encode, values: Iterator[Any], tensors: Sequence[str], layout: Sharding) -> Any:
+    """What `encode` makes of the tensors as one stack; each is on the host only until it is copied."""
+    first = next(values)
+    shapes = _stacked_shapes(encode, first, tensors)
+    layouts = quant.layout(shapes, layout) if tree.is_weight(shapes) else layout
+    leaves, structure = jax.tree.flatten(layouts)
+    fill = _filler(encode, tuple(leaves), structure)
+    stack = _zeros(shapes, layouts)
+    for index, value in enumerate(itertools.chain([first], values)):
+        stack = fill(stack, value, index)
     return stack
 
 
-@functools.cache
-def _filler(layout: Sharding) -> Callable[..., jax.Array]:
-    def fill(stack, tensor, index):
-        return jax.lax.dynamic_update_index_in_dim(stack, tensor, index, 0)
+def _stacked_shapes(encode: Encode, value: Any, tensors: Sequence[str]) -> Any:
+    try:
+        one = jax.eval_shape(encode, value)
+    except ValueError as error:
+        raise ValueError(f"{tensors[0]} cannot be quantised: {error}") from error
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(tensors), *x.shape), x.dtype), one)
 
+
+def _zeros(shapes: Any, layouts: Any) -> Any:
+    def make() -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    return jax.jit(make, out_shardings=layouts)()
+
+
+@functools.cache
+def _filler(encode: Encode, layouts: tuple[Sharding, ...], structure: Any) -> Callable[..., Any]:
+    def fill(stack, tensor, index):
+        put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, index, 0)  # noqa: E731
+        return jax.tree.map(put, stack, encode(tensor))
+
+    layout = jax.tree.unflatten(structure, layouts)
     return jax.jit(fill, donate_argnums=0, out_shardings=layout)
 
 

@@ -112,14 +112,24 @@ def abstract_params(module: Decoder) -> Params:
     return jax.eval_shape(module.init, jax.random.key(0), tokens, tokens)["params"]
 
 
-def fingerprint(params: Params) -> str:
+CORNER = 8
+"""How many numbers along each axis of an array tell whose it is."""
+
+
+def fingerprint(params: Params, corners: Mapping[str, np.ndarray] | None = None) -> str:
     """Eight hex digits from the names, the shapes and the first few numbers of every array.
 
     Numbers are rounded to bfloat16 first, so a model is the same one in float32 and in bfloat16.
+
+    Args:
+        params: arrays, or what stands for them.
+        corners: these numbers, `[:8, ..., :8]`, of arrays that were quantised while loading: a model keeps
+            its fingerprint in any format.
     """
-    corners = {}
+    corners = dict(corners or {})
     for name, leaf in tree.flatten(params).items():
-        corners[name] = leaf[tuple(slice(min(size, 8)) for size in leaf.shape)]
+        if name not in corners:
+            corners[name] = leaf[tuple(slice(min(size, CORNER)) for size in leaf.shape)]
     text = "".join(f"{name}{leaf.shape}" for name, leaf in tree.flatten(params).items())
     checksum = 0
     for corner in jax.device_get(jax.tree.leaves(corners)):

@@ -39,7 +39,8 @@ def save_model(path: str | Path, model: Model, params: Params | None = None) -> 
     for name, leaf in tree.flatten(params).items():
         if tree.is_weight(leaf):
             raise ValueError(
-                f"{name} is a {type(leaf).__name__}, not an array; merge the adapter first"
+                f"{name} is a {type(leaf).__name__}, not an array; merge the adapter first, or make "
+                "quantised weights dense with quant.dense"
             )
     with folder.written(Path(path)) as temporary:
         dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype).name

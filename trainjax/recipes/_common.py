@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import yaml
 
-from trainjax import data, models, parallel, peft, rollout
+from trainjax import data, models, parallel, peft, quant, rollout
 from trainjax.models import Model, load
 from trainjax.nn import remat
 from trainjax.types import Params, Peft
@@ -27,12 +27,20 @@ REMAT = {
     "projections": remat.projections,
     "none": None,
 }
+BASE_FORMATS: Mapping[str, quant.Format] = {
+    "nf4": quant.nf4(double=True),
+    "nf4-single": quant.nf4(double=False),
+    "int8": quant.int8(),
+    "fp8": quant.fp8(),
+    "stored": quant.stored(),
+}
 WEIGHTS = {"token": data.token_mean, "sequence": data.sequence_mean}
 
 DtypeName = Literal["float32", "bfloat16"]
 PackingName = Literal["best-fit", "none"]
 TooLongName = Literal["truncate", "drop", "error"]
 RematName = Literal["full", "attention", "projections", "none"]
+BaseFormatName = Literal["nf4", "nf4-single", "int8", "fp8", "stored"]
 
 
 PEFT: Mapping[str, Callable[..., Peft]] = {
@@ -134,6 +142,8 @@ class AnswerConfig:
     """Of the sampling."""
     dtype: DtypeName | None = None
     """Of weights and arithmetic; by default as stored, and what the platform is fast at."""
+    base_format: BaseFormatName | None = None
+    """Keep the layers' matrices in fewer bits; stored is as a .gguf file has them."""
 
     def sampler(self) -> rollout.Sampler:
         """How tokens are drawn."""
@@ -152,11 +162,18 @@ def load_model(
     adapter: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
     remat: RematName = "full",
+    base_format: BaseFormatName | None = None,
 ) -> Model:
     """A model as a flag names it; one dtype for weights and arithmetic, or what suits the platform."""
     kind = None if dtype is None else DTYPES[dtype]
     return load(
-        name, mesh=mesh, dtype=kind, compute_dtype=kind, adapter=adapter, remat=REMAT[remat]
+        name,
+        mesh=mesh,
+        dtype=kind,
+        compute_dtype=kind,
+        adapter=adapter,
+        remat=REMAT[remat],
+        quantise=None if base_format is None else BASE_FORMATS[base_format],
     )
 
 
@@ -167,11 +184,18 @@ def load_scorer(
     adapter: str | Path | None = None,
     other_base: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    base_format: BaseFormatName | None = None,
 ) -> tuple[Model, Peft | None, Params]:
     """A reward model as flags name it; see `load_model`."""
     kind = None if dtype is None else DTYPES[dtype]
     return models.load_scorer(
-        name, mesh=mesh, dtype=kind, compute_dtype=kind, adapter=adapter, other_base=other_base
+        name,
+        mesh=mesh,
+        dtype=kind,
+        compute_dtype=kind,
+        adapter=adapter,
+        other_base=other_base,
+        quantise=None if base_format is None else BASE_FORMATS[base_format],
     )
 
 

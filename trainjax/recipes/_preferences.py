@@ -70,7 +70,12 @@ def run(config: PreferenceConfig, loss_of: LossOf, read: Callable[..., data.Grou
 
 def _other_model(config: PreferenceConfig) -> Model:
     assert config.reference is not None
-    return common.load_model(config.reference, dtype=config.dtype, mesh=config.mesh.mesh())
+    return common.load_model(
+        config.reference,
+        dtype=config.dtype,
+        mesh=config.mesh.mesh(),
+        base_format=config.base_format,
+    )
 
 
 def _with_same_tokens(reference: Model, model: Model) -> Model:
@@ -87,6 +92,8 @@ def _cached(
 ) -> data.Examples:
     """The examples with the reference's log-probabilities: from their file, or computed and saved."""
     weights = f"{reference.fingerprint}-{reference.module.dtype}"
+    if config.base_format is not None:  # the fingerprint is of the weights before
+        weights += f"-{config.base_format}"
     path = _beside(name, config.out)
     if path.exists():
         say(f"the reference's log-probabilities are in {path}")

@@ -53,6 +53,8 @@ class StepConfig:
     """Train every weight instead of an adapter."""
     dtype: common.DtypeName | None = None
     """Of frozen weights and arithmetic; by default as stored, and what the platform is fast at."""
+    base_format: common.BaseFormatName | None = None
+    """Keep the frozen matrices of the layers in 4 or 8 bits; stored is as a .gguf file has them."""
     packing: common.PackingName = "best-fit"
     """Several examples a row, or one."""
     too_long: common.TooLongName = "truncate"
@@ -97,10 +99,19 @@ class StepConfig:
         """The model, over all devices.
 
         Raises:
-            ValueError: it has no tokenizer.
+            ValueError: it has no tokenizer; its weights are to train and to stay in few bits.
         """
+        if self.full and self.base_format is not None:
+            raise ValueError(
+                f"--full trains every weight, and --base-format {self.base_format} freezes them in few "
+                "bits; leave one of the two out"
+            )
         model = common.load_model(
-            self.model, dtype=self.dtype, mesh=self.mesh.mesh(), remat=self.remat
+            self.model,
+            dtype=self.dtype,
+            mesh=self.mesh.mesh(),
+            remat=self.remat,
+            base_format=self.base_format,
         )
         if model.tokenizer is None:
             raise ValueError(f"{self.model} has no tokenizer")
@@ -127,7 +138,7 @@ Prepare = Callable[[Model, str, data.Examples], data.Examples]
 
 SAME = (  # what must be equal for a resumed run to be the same run
     *("batch_size", "max_length", "packing", "template", "too_long", "seed", "dtype", "accumulate"),
-    *("learning_rate", "warmup", "weight_decay", "clip", "full", "peft"),
+    *("learning_rate", "warmup", "weight_decay", "clip", "full", "peft", "base_format"),
 )
 
 

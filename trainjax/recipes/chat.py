@@ -24,7 +24,12 @@ class Config(common.AnswerConfig):
 def main(config: Config) -> None:
     """Runs the job."""
     config.sampler()  # a wrong value is told before the model is loaded
-    model = common.load_model(config.model, dtype=config.dtype, adapter=config.adapter)
+    model = common.load_model(
+        config.model,
+        dtype=config.dtype,
+        adapter=config.adapter,
+        base_format=config.base_format,
+    )
     common.say(f"{config.model}: /reset forgets the conversation, /exit or Ctrl-D ends it")
     key, messages = jax.random.key(config.seed), config.messages()
     while (said := _asked()) not in (None, "/exit"):

@@ -24,7 +24,12 @@ class Config(common.AnswerConfig):
 def main(config: Config) -> None:
     """Runs the job."""
     sampler = config.sampler()
-    model = common.load_model(config.model, dtype=config.dtype, adapter=config.adapter)
+    model = common.load_model(
+        config.model,
+        dtype=config.dtype,
+        adapter=config.adapter,
+        base_format=config.base_format,
+    )
     if config.raw:
         ids = rollout.prompt_ids(model.tokenizer, config.prompt, raw=True)
     else:

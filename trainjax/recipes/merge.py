@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from trainjax import merging, models
+from trainjax import merging, models, quant, tree
 from trainjax.nn import body
 from trainjax.recipes import _common as common
 from trainjax.recipes._merging import (
@@ -16,6 +16,7 @@ from trainjax.recipes._merging import (
     named,
     settings,
 )
+from trainjax.types import Params, Peft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,8 @@ class Config:
     """Of what dare drops."""
     dtype: common.DtypeName | None = None
     """Of a model's weights; by default as the base's are stored, or without one the first's."""
+    base_format: common.BaseFormatName | None = None
+    """Add to the weights as this format keeps them: what an adapter was trained on that had it."""
     tokenizer: str | None = None
     """Which of the models gives tokenizer and configuration; by default the instruct model where
     there is one, else the first with a chat template, the base before others."""
@@ -80,24 +83,36 @@ def write(config: Config) -> None:
 
 
 def _put_in(config: Config) -> None:
-    check_read(config, "--adapter", {"model", "adapter", "dtype", "other_base"})
+    check_read(config, "--adapter", {"model", "adapter", "dtype", "base_format", "other_base"})
     if config.model is None or config.adapter is None:
         raise ValueError("--adapter needs --model, the base that it was trained on")
     if models.is_scorer(config.adapter):
         _put_into_scorer(config)
         return
-    model = common.load_model(config.model, dtype=config.dtype)
+    model = common.load_model(config.model, dtype=config.dtype, base_format=config.base_format)
     method, adapter = models.load_adapter(config.adapter, model, other_base=config.other_base)
-    models.save_model(config.out, model, method.merge(model.params, adapter))
+    models.save_model(config.out, model, _merged(config, method, model.params, adapter))
 
 
 def _put_into_scorer(config: Config) -> None:
     model, method, params = common.load_scorer(
-        str(config.model), dtype=config.dtype, adapter=config.adapter, other_base=config.other_base
+        str(config.model),
+        dtype=config.dtype,
+        adapter=config.adapter,
+        other_base=config.other_base,
+        base_format=config.base_format,
     )
     assert method is not None  # there is an adapter
-    merged = {**params, "body": method.merge(body(model.params), params["body"])}
-    models.save_scorer(config.out, model, None, merged)
+    merged = _merged(config, method, body(model.params), params["body"])
+    models.save_scorer(config.out, model, None, {**params, "body": merged})
+
+
+def _merged(config: Config, method: Peft, params: Params, adapter: Params) -> Params:
+    """The sum as plain arrays; quantised matrices as what they stand for, in the embedding's dtype."""
+    merged = method.merge(params, adapter)
+    if config.base_format is None:
+        return merged
+    return tree.cast(quant.dense(merged), params["embed"]["embedding"].dtype)
 
 
 def _merge_models(config: Config) -> None:
