@@ -179,8 +179,9 @@ class Peft(NamedTuple):
         penalty: `(adapter, reports, rows) -> (scalar, metrics)`, a term that belongs to the method's
             loss (orthogonality, balance), or None; see `losses.adapter_penalty`. `reports` are what its
             weights report, `rows` the weight of each row in them.
-        transform: `(steps) -> optax.GradientTransformation`, the last link of an optimizer's chain for a
-            run of so many steps (learning rates of its own, a budget of ranks), or None.
+        transform: `(steps, tx) -> optax.GradientTransformation`, the optimizer's whole chain `tx` with
+            the method's own part around it, for a run of so many steps (learning rates of its own, a
+            budget of ranks, which needs the gradients as well as the updates), or None.
     """
 
     init: Callable[[PRNGKeyArray, Params], Params]
@@ -188,7 +189,9 @@ class Peft(NamedTuple):
     merge: Callable[[Params, Params], Params]
     export: Callable[[Params, Mapping[str, str]], PeftFiles]
     penalty: Callable[..., tuple[Array, Metrics]] | None = None
-    transform: Callable[[int], optax.GradientTransformation] | None = None
+    transform: (
+        Callable[[int, optax.GradientTransformation], optax.GradientTransformation] | None
+    ) = None
 
 
 @pytree

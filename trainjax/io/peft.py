@@ -22,15 +22,17 @@ _BASE = "trainjax_base"  # our key in the safetensors metadata, which other read
 def write(path: Path, files: PeftFiles, fingerprint: str | None) -> None:
     """Writes an adapter's folder, with its base's fingerprint; each file appears whole or not at all."""
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name if name in _OF_NO_MODULE else _PREFIX + name: tensor
-        for name, tensor in files.tensors.items()
-    }
+    tensors = {_full(name): tensor for name, tensor in files.tensors.items()}
     with folder.replaced(path / _TENSORS) as temporary:
         base = {} if fingerprint is None else {_BASE: fingerprint}
         save_file(tensors, temporary, metadata={"format": "pt"} | base)
     with folder.replaced(path / _CONFIG) as temporary:
         folder.write_json(temporary, files.fields)
+
+
+def _full(name: str) -> str:
+    """A tensor's name with the prefix of the wrapped model; what the wrapper itself holds has its own."""
+    return name if name.startswith("base_model.") or name in _OF_NO_MODULE else _PREFIX + name
 
 
 def read(path: Path) -> tuple[PeftFiles, str | None]:

@@ -6,8 +6,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from trainjax import tree
@@ -15,7 +13,7 @@ from trainjax.ops.matmul import dense, matmul, through
 from trainjax.ops.matmul import low_rank as low_rank_product
 from trainjax.peft import _low_rank as low_rank
 from trainjax.peft._low_rank import LowRank
-from trainjax.peft._matrices import ALL_LINEAR, drawn, dropout_keys, merged, replaced
+from trainjax.peft._matrices import ALL_LINEAR, drawn, dropout_keys, dropped, merged, replaced
 from trainjax.types import Params, Peft, PeftFiles, Weight, pytree, static
 
 
@@ -40,13 +38,8 @@ class Lora(Weight):
 
     def __rmatmul__(self, x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
         b = (self.b * self.scale[..., None, None]).astype(x.dtype)
-        return matmul(x, self.w) + low_rank_product(self._dropped(x), self.a.astype(x.dtype), b)
-
-    def _dropped(self, x: Array) -> Array:
-        if self.key is None or not self.dropout:
-            return x
-        kept = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros((), x.dtype))
+        dropped_x = dropped(x, self.key, self.dropout)
+        return matmul(x, self.w) + low_rank_product(dropped_x, self.a.astype(x.dtype), b)
 
     @property
     def shape(self) -> tuple[int, ...]:

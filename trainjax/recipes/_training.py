@@ -82,14 +82,13 @@ class StepConfig:
         return optim.warmup_cosine(self.learning_rate, steps, self.warmup)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Of so many steps; the method's own link is the last."""
+        """Of so many steps, with the method's own part around it."""
         method = self.adapter()
-        own = [] if method is None or method.transform is None else [method.transform(steps)]
-        return optax.chain(
+        tx = optax.chain(
             optax.clip_by_global_norm(self.clip),
             optax.adamw(self.schedule(steps), weight_decay=self.weight_decay),
-            *own,
         )
+        return tx if method is None or method.transform is None else method.transform(steps, tx)
 
     def plan(self, length: int) -> data.Plan:
         """How examples become batches of rows of this length."""

@@ -1,0 +1,50 @@
+"""A quantised matrix for tests: int8 codes and one scale a column."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from trainjax import tree
+from trainjax.types import Params, Weight, pytree
+
+
+@pytree
+class Codes(Weight):
+    """`codes * scales`."""
+
+    codes: Int8[Array, "*stack in out"]
+    scales: Float[Array, "*stack out"]
+
+    def __rmatmul__(self, x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
+        return x @ self.dense().astype(x.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    def dense(self) -> Float[Array, "*stack in out"]:
+        return self.codes.astype(jnp.float32) * self.scales[..., None, :]
+
+
+def quantised(params: Params) -> Params:
+    """The params with the layers' matrices as codes."""
+
+    def leaf(name: str, w: Any) -> Any:
+        if not (name.startswith("layers/") and name.endswith("kernel")):
+            return w
+        scales = jnp.abs(w).max(axis=-2) / 127
+        return Codes(jnp.round(w / scales[..., None, :]).astype(jnp.int8), scales)
+
+    return tree.map_named(leaf, params)
+
+
+def dequantised(params: Params) -> Params:
+    """The matrices that the codes stand for."""
+    is_weight = lambda leaf: isinstance(leaf, Codes)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: leaf.dense() if is_weight(leaf) else leaf, params, is_leaf=is_weight
+    )
