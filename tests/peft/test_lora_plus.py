@@ -50,7 +50,10 @@ def test_what_is_not_an_adapter_keeps_the_optimizers_rate():
     """A scorer's head beside an adapter, and a bias that is called b."""
     method = lora_plus(ratio=4.0)
     tx = method.transform(1, optax.sgd(1.0))
-    params = {"body": {"up": {"kernel": {"a": jnp.ones(2), "b": jnp.ones(2)}}}, "score": {"b": jnp.ones(2)}}
+    params = {
+        "body": {"up": {"kernel": {"a": jnp.ones(2), "b": jnp.ones(2)}}},
+        "score": {"b": jnp.ones(2)},
+    }
     updates, _ = tx.update(params, tx.init(params), params)
     found = {name: float(leaf[0]) for name, leaf in tree.flatten(updates).items()}
     assert found == {"body/up/kernel/a": -1.0, "body/up/kernel/b": -4.0, "score/b": -1.0}
@@ -68,13 +71,15 @@ def test_it_is_lora_but_for_its_rates(tmp_path):
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_ratio_that_is_not_positive_is_refused(ratio):
-    with pytest.raises(ValueError, match=rf"ratio={ratio}: B's learning rate over A's is a positive"):
+    with pytest.raises(
+        ValueError, match=rf"ratio={ratio}: B's learning rate over A's is a positive"
+    ):
         lora_plus(ratio=ratio)
 
 
 def test_equal_settings_are_one_method():
-    assert lora_plus(rank=2, ratio=8) == lora_plus(rank=2, ratio=8.0)
-    assert lora_plus(ratio=8) != lora_plus(ratio=9)
+    assert lora_plus(rank=2, ratio=8.0) == lora_plus(rank=2, ratio=8.0)
+    assert lora_plus(ratio=8.0) != lora_plus(ratio=9.0)
 
 
 def test_over_a_quantised_base_it_is_the_update_over_the_dequantised_one():

@@ -41,7 +41,9 @@ def lora_plus(
     `create_loraplus_optimizer` over matrices.
     """
     if not 0 < ratio < float("inf"):
-        raise ValueError(f"ratio={ratio}: B's learning rate over A's is a positive number, such as 16")
+        raise ValueError(
+            f"ratio={ratio}: B's learning rate over A's is a positive number, such as 16"
+        )
     patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     plain = lora(rank, alpha, target, **patterns, rslora=rslora, dropout=dropout)
     return _method(plain, float(ratio))
@@ -64,4 +66,4 @@ def _transform(
 
 def from_peft(files: PeftFiles, modules: Mapping[str, str], params: Params) -> None:
     """None: nothing in LoRA's files says how fast a factor learned, and `lora` reads them."""
-    return None
+    return
