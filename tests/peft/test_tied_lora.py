@@ -37,9 +37,7 @@ def test_the_update_is_a_u_b_v_of_the_layer():
     method = tied_lora(rank=2, alpha=6.0, target="up")
     params = helpers.tiny().params
     adapter = contract.moved(method.init(KEY, params))
-    a, b, u, v = (
-        np.asarray(tree.flatten(adapter)[f"{UP}/{part}"], np.float64) for part in "abuv"
-    )
+    a, b, u, v = (np.asarray(tree.flatten(adapter)[f"{UP}/{part}"], np.float64) for part in "abuv")
     w = np.asarray(tree.flatten(params)[UP], np.float64)
     found = tree.flatten(method.merge(params, adapter))[UP]
     for layer in (0, 1):
@@ -55,7 +53,9 @@ def test_the_gradient_of_a_tied_factor_is_the_sum_over_the_layers():
 
     def total(adapter, layers):
         stack = tree.flatten(method.attach(params, adapter))[UP]
-        return sum(jnp.sum((x @ jax.tree.map(lambda leaf, n=n: leaf[n], stack)) ** 2) for n in layers)
+        return sum(
+            jnp.sum((x @ jax.tree.map(lambda leaf, n=n: leaf[n], stack)) ** 2) for n in layers
+        )
 
     together = jax.grad(total)(adapter, [0, 1, 2])
     alone = [jax.grad(total)(adapter, [n]) for n in range(3)]
