@@ -52,7 +52,10 @@ def test_the_factored_norm_is_that_of_the_dense_sum(update):
 
 def test_an_update_that_undoes_nine_tenths_of_a_column_keeps_its_digits():
     """The three terms cancel to a hundredth, so the norm has about two digits less than float32."""
-    a, b = np.linalg.qr(np.random.default_rng(3).standard_normal((12, 12)))[0][:, :9], -0.9 * np.eye(9)
+    a, b = (
+        np.linalg.qr(np.random.default_rng(3).standard_normal((12, 12)))[0][:, :9],
+        -0.9 * np.eye(9),
+    )
     w, ones = jnp.asarray(a, jnp.float32), jnp.ones(9)
     weight = Dora(w, w, jnp.asarray(b, jnp.float32), jnp.float32(1.0), ones, ones)
     np.testing.assert_allclose(X @ weight, X64 @ exact(weight), rtol=0, atol=1e-4)
@@ -83,8 +86,12 @@ def test_the_norm_is_a_constant_to_the_gradient():
     factor = np.asarray(weight.magnitude) / np.linalg.norm(total, axis=0)
     grads = jax.grad(lambda weight: jnp.sum(X @ weight))(weight)
     ones = np.ones((5, 9))
-    np.testing.assert_allclose(grads.a, 2.0 * X64.T @ (ones * factor) @ weight.b.T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(grads.b, 2.0 * (X64 @ weight.a).T @ (ones * factor), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        grads.a, 2.0 * X64.T @ (ones * factor) @ weight.b.T, rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        grads.b, 2.0 * (X64 @ weight.a).T @ (ones * factor), rtol=1e-4, atol=1e-4
+    )
     expected = (X64 @ total).sum(0) / np.linalg.norm(total, axis=0)
     np.testing.assert_allclose(grads.magnitude, expected, rtol=1e-4, atol=1e-4)
 
@@ -159,9 +166,18 @@ def files(tmp_path, **changes) -> PeftFiles:
     ("changes", "message"),
     [
         ({"magnitude": None}, "model.layers.0.mlp.up_proj has no lora_magnitude_vector"),
-        ({"magnitude": np.ones(7, np.float32)}, r"lora_magnitude_vector \(7,\) does not fit .* 48 out"),
-        ({"magnitude": np.full(48, np.nan, np.float32)}, "up_proj: lora_magnitude_vector holds NaN"),
-        ({"fields": {"alora_invocation_tokens": [1]}}, r"sets alora_invocation_tokens=\[1\], which"),
+        (
+            {"magnitude": np.ones(7, np.float32)},
+            r"lora_magnitude_vector \(7,\) does not fit .* 48 out",
+        ),
+        (
+            {"magnitude": np.full(48, np.nan, np.float32)},
+            "up_proj: lora_magnitude_vector holds NaN",
+        ),
+        (
+            {"fields": {"alora_invocation_tokens": [1]}},
+            r"sets alora_invocation_tokens=\[1\], which",
+        ),
         ({"more": {"model.norm.lora_magnitude_vector": np.ones(3)}}, "holds 'model.norm.lora_mag"),
     ],
     ids=["missing", "shape", "nan", "field", "unknown"],
