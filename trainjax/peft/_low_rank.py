@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -180,7 +180,7 @@ def read(
             fit; each by name.
     """
     fields, tensors = files.fields, dict(files.tensors)
-    _check_fields(fields)
+    check_fields(fields, _READ)
     adapter: dict[str, Array] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -227,9 +227,14 @@ def refuse_unknown(tensors: Mapping[str, Any]) -> None:
         )
 
 
-def _check_fields(fields: Mapping[str, Any]) -> None:
+def check_fields(fields: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuses settings that change the function and that nobody reads.
+
+    Raises:
+        ValueError: a field that is set, is not among the known ones and has an effect in PEFT.
+    """
     for key, value in fields.items():
-        if key in _READ or key in WITHOUT_EFFECT or value in (None, False, "none", {}, []):
+        if key in known or key in WITHOUT_EFFECT or value in (None, False, "none", {}, []):
             continue
         if key == "init_lora_weights" and value in _BASE_IS_KEPT:
             continue

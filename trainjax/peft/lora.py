@@ -146,8 +146,10 @@ def from_peft(
         ValueError: a setting that changes the function and is not supported, a tensor of a module
             that the model does not have, a shape that does not fit; each by name.
     """
-    if files.fields.get("peft_type") != "LORA" or files.fields.get("use_dora"):
+    fields = files.fields
+    others = fields.get("use_dora") or str(fields.get("init_lora_weights")).startswith("pissa")
+    if fields.get("peft_type") != "LORA" or others:
         return None
-    config, adapter, others = low_rank.read(files, modules, params)
-    low_rank.refuse_unknown(others)
+    config, adapter, unknown = low_rank.read(files, modules, params)
+    low_rank.refuse_unknown(unknown)
     return _method(config), tree.unflatten(adapter)
