@@ -235,9 +235,9 @@ class TestParity:
         return peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, **settings)
 
     def test_it_is_the_same_function_in_peft_both_ways(self, tmp_path, family, settings):
-        library.same_both_ways(tmp_path, self.config(settings), family)
+        library.assert_same_both_ways(tmp_path, self.config(settings), family)
 
     def test_it_trains_as_in_peft(self, tmp_path, family, settings):
         if "layers_to_transform" in settings:
             settings = settings | {"layers_to_transform": None}
-        library.same_trace(tmp_path, self.config(settings), family=family)
+        library.assert_same_trace(tmp_path, self.config(settings), family=family)

@@ -197,10 +197,11 @@ class TestParity:
         "settings", [{}, {"layers_to_transform": [1]}], ids=["all", "one layer"]
     )
     def test_it_is_the_same_function_in_peft_both_ways(self, tmp_path, settings):
-        library.same_both_ways(tmp_path, self.config(**settings))
+        # Each library takes off a start of its own, from another routine in float32.
+        library.assert_same_both_ways(tmp_path, self.config(**settings), tolerance=3e-5)
 
     def test_it_trains_as_in_peft(self, tmp_path):
-        library.same_trace(tmp_path, self.config(), 1e-3)
+        library.assert_same_trace(tmp_path, self.config(), 1e-3)
 
     def test_it_trains_as_in_peft_from_its_own_start(self, tmp_path):
         """Signs of singular vectors turn gradients with them, and Adam's steps."""

@@ -188,7 +188,7 @@ class TestParity:
         return peft.VeraConfig(task_type="CAUSAL_LM", save_projection=True, **settings)
 
     def test_it_is_the_same_function_in_peft_both_ways(self, tmp_path, family, settings):
-        library.same_both_ways(tmp_path, self.config(settings), family)
+        library.assert_same_both_ways(tmp_path, self.config(settings), family)
 
     def test_it_trains_as_in_peft(self, tmp_path, family, settings):
-        library.same_trace(tmp_path, self.config(settings), family=family)
+        library.assert_same_trace(tmp_path, self.config(settings), family=family)

@@ -169,7 +169,7 @@ def _scores(elements: dict[str, Array]) -> dict[str, Float[Array, "*stack rank"]
         name: elements[f"{name}/e"]
         + jnp.mean(elements[f"{name}/a"], axis=-2)
         + jnp.mean(elements[f"{name}/b"], axis=-1)
-        for name in map(_matrix, elements)
+        for name in [_matrix(full) for full in elements if full.endswith("/e")]
     }
 
 
