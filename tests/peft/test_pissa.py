@@ -13,7 +13,7 @@ from tests import helpers
 from tests.peft import contract, library
 from tests.peft.fake_quant import dequantised, quantised
 from trainjax import tree
-from trainjax.peft import lora
+from trainjax.peft import Lora, lora
 from trainjax.peft.pissa import pissa, residual
 
 KEY = jax.random.key(0)
@@ -71,15 +71,19 @@ def test_a_smaller_rank_of_a_stack_is_zeros():
 
 
 def test_in_bfloat16_the_start_cancels_before_it_is_rounded():
-    """Summed one after the other the terms would be rounded thrice, each as large as x @ w."""
+    """Added one after the other the two products, each rounded, would leave other last digits."""
     rng = np.random.default_rng(0)
-    w = jnp.asarray(30 * rng.standard_normal((64, 1)) * rng.standard_normal((1, 48)), jnp.bfloat16)
-    params, method = {"kernel": w}, pissa(rank=2, target="kernel")
-    x = jnp.asarray(rng.standard_normal((5, 64)), jnp.bfloat16)
-    found = x @ method.attach(params, method.init(KEY, params))["kernel"]
-    np.testing.assert_allclose(
-        np.asarray(found, np.float32), np.asarray(x @ w, np.float32), rtol=2**-7, atol=0
-    )
+    decay = np.arange(1, 49) ** -0.5
+    w = jnp.asarray(rng.standard_normal((64, 48)) * decay, jnp.bfloat16)
+    params, method = {"kernel": w}, pissa(rank=8, alpha=16.0, target="kernel")
+    x = jnp.asarray(rng.standard_normal((40, 64)), jnp.bfloat16)
+    adapter = method.init(KEY, params)
+    found = x @ method.attach(params, adapter)["kernel"]
+    assert float(jnp.mean(found == x @ w)) > 0.95
+    start = tree.thawed(adapter)["kernel"]
+    rest = Lora(w, start["start_a"], -start["start_b"], jnp.float32(1.0))
+    apart = x @ Lora(rest, start["a"], start["b"], jnp.float32(2.0))
+    assert float(jnp.mean(apart == x @ w)) < 0.9
 
 
 def test_dropout_leaves_the_residual_alone():

@@ -34,7 +34,7 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 @pytree
 class Dora(Weight):
-    """`x @ (w + a b scale) * magnitude / norm`, the norm of each column of the sum; nothing dense is made.
+    """`x @ (w + a b scale) * magnitude / norm`, the norm of each column of a sum that is never made.
 
     Attributes:
         w: the frozen matrix, an array or another `Weight`, with any leading axes (layers, experts).
@@ -76,8 +76,8 @@ class Dora(Weight):
         """
         a, b, scale, norms = jax.lax.stop_gradient((self.a, self.b, self.scale, self.norms))
         b = b * scale
-        crossed = matmul(a.T, self.w)
         with jax.default_matmul_precision("highest"):
+            crossed = matmul(a.T, self.w)
             squared = norms**2 + jnp.sum(b * (2 * crossed + (a.T @ a) @ b), axis=0)
         norm = jnp.sqrt(jnp.maximum(squared, _TINY))  # a column of zeros has no direction
         return jax.lax.stop_gradient(norm)
@@ -211,7 +211,8 @@ def from_peft(
     """
     if files.fields.get("peft_type") != "LORA" or not files.fields.get("use_dora"):
         return None
-    config, adapter, others = low_rank.read(files, modules, params)
+    config, factors, others = low_rank.read(files, modules, params)
+    adapter: dict[str, Any] = dict(factors)
     leaves = tree.flatten(params)
     for name in dict.fromkeys(name.rpartition("/")[0] for name in adapter):
         norms = jax.jit(_norms)(leaves[name])

@@ -37,8 +37,16 @@ def lora_fa(
     Source: Zhang et al. 2023, arXiv:2308.03303, section 3. The optimizer of that name in PEFT 0.21
     also multiplies the gradient of `B` by `(A^T A)^-1`, which the paper's method does not.
     """
-    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    return _frozen(lora(rank, alpha, target, **patterns, rslora=rslora, dropout=dropout))
+    plain = lora(
+        rank,
+        alpha,
+        target,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        rslora=rslora,
+        dropout=dropout,
+    )
+    return _frozen(plain)
 
 
 @functools.cache  # equal settings give the same functions, so that jit sees no new program in them

@@ -44,8 +44,15 @@ def lora_plus(
         raise ValueError(
             f"ratio={ratio}: B's learning rate over A's is a positive number, such as 16"
         )
-    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    plain = lora(rank, alpha, target, **patterns, rslora=rslora, dropout=dropout)
+    plain = lora(
+        rank,
+        alpha,
+        target,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        rslora=rslora,
+        dropout=dropout,
+    )
     return _method(plain, float(ratio))
 
 

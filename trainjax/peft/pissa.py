@@ -65,8 +65,8 @@ def pissa(
         rank: number of singular vectors.
         alpha: numerator of the scale; by default the scale is 1, as in the paper.
         target, rank_pattern, alpha_pattern, rslora: as in `lora`.
-        niter: passes of randomised subspace iteration in the place of the whole decomposition: faster,
-            and the nearer to it the more there are (the paper takes 4 to 16).
+        niter: passes of randomised subspace iteration in the place of the whole decomposition, which on a
+            CPU takes seconds a matrix; the more passes, the nearer to it (the paper takes 4 to 16).
         dropout: on the trained update's input, in training only.
 
     Raises:
@@ -244,7 +244,8 @@ def from_peft(
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     plain = files._replace(fields=files.fields | {"init_lora_weights": True})
-    update, adapter, unknown = low_rank.read(plain, modules, params)
+    update, factors, unknown = low_rank.read(plain, modules, params)
+    adapter: dict[str, Any] = dict(factors)
     low_rank.refuse_unknown(unknown)
     config = Pissa(update, None)
     leaves = tree.flatten(params)
