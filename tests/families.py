@@ -28,6 +28,8 @@ _LLAMA3 = {
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_grouped": ("Llama", {"num_key_value_heads": 2}),
     "llama_one_kv_head": ("Llama", {"num_key_value_heads": 1, "rope_parameters": _LINEAR}),
@@ -103,3 +105,47 @@ def torch_randomised(model: Any, only: str = "", seed: str = "") -> Any:
                 noise = 0.3 * rng.standard_normal(parameter.shape)
                 parameter.copy_(torch.from_numpy(noise + 1.0 if "norm" in name else noise))
     return model
+
+
+METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lora": ("llama_grouped", "LoraConfig", {"r": 3, "lora_alpha": 6, "target_modules": ALL}),
+    "rslora": (
+        "llama_biased_llama3",
+        "LoraConfig",
+        {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ["q_proj", "up_proj"]},
+    ),
+    "dora": (
+        "llama_biased_llama3",
+        "LoraConfig",
+        {"r": 3, "lora_alpha": 6, "use_dora": True, "target_modules": ALL},
+    ),
+    "ia3": (
+        "llama_biased_llama3",
+        "IA3Config",
+        {
+            "target_modules": ["k_proj", "v_proj", "down_proj"],
+            "feedforward_modules": ["down_proj"],
+        },
+    ),
+    "vera": (
+        "llama_grouped",
+        "VeraConfig",
+        {"r": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], "d_initial": 0.1},
+    ),
+    "adalora": (
+        "llama_grouped",
+        "AdaLoraConfig",
+        {"target_r": 2, "init_r": 4, "lora_alpha": 6, "total_step": 20, "target_modules": ALL},
+    ),
+    "prompt": ("llama_grouped", "PromptTuningConfig", {"num_virtual_tokens": 3}),
+    "prefix": ("llama_grouped", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "prefix_without_groups": (
+        "llama_biased_llama3",
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 2},
+    ),
+}
+"""Methods by name: the model, the class of PEFT's configuration, and its settings."""
+
+STEPS, LEARNING_RATE = 20, 1e-2
+"""Of the training that `golden/make_peft.py` records."""

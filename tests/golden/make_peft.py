@@ -26,7 +26,6 @@ from tests import families
 from tests.golden.make_llama import versions
 
 HERE = Path(__file__).parent
-STEPS = families.TRACE["steps"]
 
 
 def wrapped(family: str, kind: str, settings: dict[str, Any]) -> Any:
@@ -51,10 +50,13 @@ def loss_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels).loss
 
 
-def trace(model: Any, batches: np.ndarray) -> np.ndarray:
+def trace(
+    model: Any, batches: np.ndarray, learning_rate: float = families.LEARNING_RATE
+) -> np.ndarray:
+    """The losses of a training with AdamW without decay, each before its step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=families.TRACE["learning_rate"], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        trained, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
     losses = []
     model.train()
@@ -70,7 +72,7 @@ def trace(model: Any, batches: np.ndarray) -> np.ndarray:
 def write_case(folder: Path, model: Any) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 48, (2, 14)).astype(np.int32)
-    batches = rng.integers(3, 48, (STEPS, 2, 14)).astype(np.int32)
+    batches = rng.integers(3, 48, (families.STEPS, 2, 14)).astype(np.int32)
     with torch.no_grad():
         model.eval()
         logits = model(torch.from_numpy(tokens).long()).logits.float().numpy()

@@ -74,6 +74,9 @@ class Model:
         self.changes: dict[str, np.ndarray] = {}
         self._tokenizer = tokenizer
 
+    def blocks(self, name: str) -> None:
+        return None
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         hf, hidden = self.config, self.config["hidden_size"]
         q = hf["num_attention_heads"] * hf["head_dim"]

@@ -15,10 +15,13 @@ from flax import nnx
 from tests import helpers
 from trainjax import tree
 from trainjax.models import FlaxModel, from_linen, from_nnx
-from trainjax.peft import lora
+from trainjax.peft import dora, lora
 from trainjax.types import Weight, pytree
 
-METHODS = {"lora": lora(rank=2, alpha=3.0, target="kernel")}
+METHODS = {
+    "lora": lora(rank=2, alpha=3.0, target="kernel"),
+    "dora": dora(rank=2, alpha=3.0, target="kernel"),
+}
 
 
 class Case(NamedTuple):
@@ -162,7 +165,8 @@ def test_an_adapter_starts_as_the_modules_own_function(layer, method):
 @METHOD
 def test_attached_and_merged_are_the_same_function(layer, method):
     model, params = layer.model, layer.model.params
-    adapter = helpers.randomised(method.init(jax.random.key(0), params), 0.5)
+    first = method.init(jax.random.key(0), params)
+    adapter = tree.with_trained(first, helpers.randomised(tree.trainable(first), 0.5))
     attached = applied(model, method.attach(params, adapter), layer.x)
     merged = applied(model, method.merge(params, adapter), layer.x)
     helpers.assert_close({"y": attached}, {"y": merged}, 1e-5)

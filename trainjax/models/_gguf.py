@@ -12,7 +12,7 @@ from trainjax import tree
 from trainjax.io import gguf_write
 from trainjax.models._model import Model, tensor_names
 from trainjax.models._save import host_array
-from trainjax.types import Params
+from trainjax.types import Blocks, Params
 
 
 def save_gguf(
@@ -69,6 +69,9 @@ class _InMemory:
         leaf = self._leaves[place]
         value = host_array(leaf if index is None else leaf[index])
         return value.T if place.endswith("kernel") else value
+
+    def blocks(self, name: str) -> Blocks | None:
+        return None
 
     def tokenizer(self) -> Any | None:
         return self._tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from trainjax import tree
-from trainjax.ops.matmul import dense, matmul
+from trainjax.ops.matmul import dense, matmul, through
 from trainjax.ops.matmul import low_rank as low_rank_product
 from trainjax.peft import _low_rank as low_rank
 from trainjax.peft._low_rank import LowRank
@@ -56,16 +56,35 @@ class Dora(Weight):
     dropout: float = static(0.0)
 
     def __rmatmul__(self, x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
-        b = (self.b * self.scale[..., None, None]).astype(x.dtype)
+        a, b = self._factors(x.dtype)
+        return self._scaled(x, lambda x: matmul(x, self.w), lambda x: low_rank_product(x, a, b))
+
+    def through(self, product: Callable[[Array, Array], Array], x: Array) -> Array:
+        """As `x @ w`, with the same norms, for another product: of a convolution, PEFT 0.21's `Conv2d`."""
+        a, b = self._factors(x.dtype)
+
+        def update(x: Array) -> Array:
+            thin = product(x, a)
+            return matmul(thin.reshape(-1, thin.shape[-1]), b).reshape(*thin.shape[:-1], -1)
+
+        return self._scaled(x, lambda x: through(product, x, self.w), update)
+
+    def _factors(self, dtype: Any) -> tuple[Array, Array]:
+        b = self.b * self.scale[..., None, None]
+        return self.a.astype(dtype), b.astype(dtype)
+
+    def _scaled(
+        self, x: Array, of_base: Callable[[Array], Array], of_update: Callable[[Array], Array]
+    ) -> Array:
+        """The products with `w` and with `a b scale`, each output by its magnitude over its norm."""
         factor = self.magnitude / self._norm()
         dropped_x = dropped(x, self.key, self.dropout)
-        update = low_rank_product(dropped_x, self.a.astype(x.dtype), b).astype(jnp.float32)
-        base = matmul(x, self.w).astype(jnp.float32)
+        update, base = tree.wide(of_update(dropped_x)), tree.wide(of_base(x))
         # The factor begins at 1 and moves by less than bfloat16 can tell from 1: it stays in float32.
         if dropped_x is x:
             return (factor * (base + update)).astype(x.dtype)
         # PEFT's order: what DoRA adds to the base's product is of the inputs that were not dropped.
-        moved = (factor - 1) * matmul(dropped_x, self.w).astype(jnp.float32)
+        moved = (factor - 1) * tree.wide(of_base(dropped_x))
         return (base + moved + factor * update).astype(x.dtype)
 
     def _norm(self) -> Float[Array, "out"]:

@@ -55,7 +55,7 @@ class Lora(Weight):
         Agrees with PEFT 0.21 `Conv2d` for convolutions of one group without dilation, which PEFT leaves
         out of the update.
         """
-        thin = product(self._dropped(x), self.a.astype(x.dtype))
+        thin = product(dropped(x, self.key, self.dropout), self.a.astype(x.dtype))
         b = (self.b * self.scale[..., None, None]).astype(x.dtype)
         update = matmul(thin.reshape(-1, thin.shape[-1]), b)
         return through(product, x, self.w) + update.reshape(*thin.shape[:-1], b.shape[-1])

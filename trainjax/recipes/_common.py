@@ -45,8 +45,27 @@ BaseFormatName = Literal["nf4", "nf4-single", "int8", "fp8", "stored"]
 
 PEFT: Mapping[str, Callable[..., Peft]] = {
     "lora": peft.lora,
+    "dora": peft.dora,
+    "pissa": peft.pissa,
+    "lora_plus": peft.lora_plus,
+    "lora_fa": peft.lora_fa,
+    "adalora": peft.adalora,
+    "vera": peft.vera,
+    "tied_lora": peft.tied_lora,
+    "bottleneck": peft.bottleneck,
+    "ia3": peft.ia3,
+    "bitfit": peft.bitfit,
+    "sparse": peft.sparse,
+    "prompt": peft.prompt,
+    "p_tuning": peft.p_tuning,
+    "prefix": peft.prefix,
+    "partial": peft.partial,
+    "full": peft.full,
 }
-PeftName = Literal["lora"]
+PeftName = Literal[
+    *("lora", "dora", "pissa", "lora_plus", "lora_fa", "adalora", "vera", "tied_lora", "molora"),
+    *("bottleneck", "ia3", "bitfit", "sparse", "prompt", "p_tuning", "prefix", "partial", "full"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +75,49 @@ class PeftConfig:
     name: PeftName = "lora"
     """The method."""
     rank: int | None = None
-    """Inner size of a low-rank update (lora: 16)."""
+    """Inner size of a low-rank update (lora 16; adalora 8 in the mean, at the end; vera 256)."""
     alpha: float | None = None
-    """Numerator of its scale, alpha / rank (lora: 32)."""
+    """Numerator of its scale, alpha / rank (lora 32)."""
     target: str | None = None
     """Regex of the matrices that get one, over names such as layers/attention/query/kernel."""
     dropout: float | None = None
     """On the update's input, in training (0)."""
     rslora: bool | None = None
     """Scale by alpha / sqrt(rank)."""
+    ratio: float | None = None
+    """lora_plus: how many times A's learning rate B has (16)."""
+    initial_rank: int | None = None
+    """adalora: the rank of every matrix at first (12)."""
+    warmup: int | None = None
+    """adalora: steps before the rank falls (0)."""
+    final: int | None = None
+    """adalora: last steps, in which it does not (0)."""
+    every: int | None = None
+    """adalora: steps between two choices of singular values (1)."""
+    orthogonality: float | None = None
+    """adalora: coefficient of its penalty (0.5)."""
+    d_initial: float | None = None
+    """vera: where the vector between the two projections begins (0.1)."""
+    experts: int | None = None
+    """molora: how many at each matrix (4)."""
+    top_k: int | None = None
+    """molora: experts that a token has; by default all, mixed."""
+    balance: float | None = None
+    """molora: coefficient of the penalty that keeps experts busy alike (0.01)."""
+    bottleneck_size: int | None = None
+    """bottleneck: width of the inner layer (64)."""
+    activation: str | None = None
+    """bottleneck: gelu, relu or silu."""
+    add: bool | None = None
+    """bitfit: give matrices a bias; by default where none of them has one."""
+    density: float | None = None
+    """sparse: share of each matrix's entries that trains (0.005)."""
+    num_virtual_tokens: int | None = None
+    """prompt, p_tuning, prefix: tokens before every example (20)."""
+    prefix_projection: bool | None = None
+    """prefix: make it by a small network, which is left out of the file."""
+    encoder_hidden_size: int | None = None
+    """p_tuning, prefix: width of that network (the model's)."""
 
     def method(self) -> Peft:
         """The adapter's functions.
@@ -82,14 +135,17 @@ class PeftConfig:
         """
         parameters = inspect.signature(PEFT[self.name]).parameters
         known = {name: parameters[name].default for name in _SETTINGS if name in parameters}
+        needed = [name for name, value in known.items() if value is inspect.Parameter.empty]
         values = {name: getattr(self, name) for name in _SETTINGS}
         given = {name: value for name, value in values.items() if value is not None}
         for name, value in given.items():
             if name not in known:
                 raise ValueError(
                     f"{self.name} has no {name} (--peft.{name} {value}); its settings are "
-                    f"{', '.join(known)}"
+                    f"{', '.join(known) or 'none'}"
                 )
+        if missing := [name for name in needed if name not in given]:
+            raise ValueError(f"{self.name} needs --peft.{missing[0]}")
         return known | given
 
     def resolved(self) -> PeftConfig:

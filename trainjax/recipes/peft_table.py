@@ -27,8 +27,8 @@ class Config:
 
     model: str
     """A hub id, a folder with a config.json, a .gguf file, or a name that `trainjax fetch` knows."""
-    rank: int = 16
-    """Of the methods that have one."""
+    rank: int | None = None
+    """Of the methods that have one; by default each one's own."""
     target: str | None = None
     """Regex of the matrices that get an adapter, of the methods that have one; by default each one's own."""
     json: bool = False
@@ -77,7 +77,8 @@ def main(config: Config) -> None:
 def _rows(params: Params, config: Config) -> Iterator[Row]:
     total = tree.count(params)
     for name, make in common.PEFT.items():
-        method = _made(make, config)
+        if (method := _made(make, config)) is None:
+            continue
         adapter = jax.eval_shape(method.init, jax.random.key(0), params)
         trainable = tree.trainable(adapter)
         numbers = tree.count(trainable)
@@ -92,11 +93,14 @@ def _rows(params: Params, config: Config) -> Iterator[Row]:
         )
 
 
-def _made(make: Callable[..., Peft], config: Config) -> Peft:
-    """The method with the settings of ours that it has."""
-    given = {"rank": config.rank} | ({"target": config.target} if config.target else {})
-    known = inspect.signature(make).parameters
-    return make(**{name: value for name, value in given.items() if name in known})
+def _made(make: Callable[..., Peft], config: Config) -> Peft | None:
+    """The method with the settings of ours that it has; None where it needs one that is not given."""
+    ours = {"rank": config.rank, "target": config.target}
+    given = {name: value for name, value in ours.items() if value is not None}
+    known = inspect.signature(make).parameters.values()
+    if any(p.default is p.empty and p.name not in given for p in known):
+        return None
+    return make(**{p.name: given[p.name] for p in known if p.name in given})
 
 
 def _merges(method: Peft, params: Params, adapter: Params) -> bool:

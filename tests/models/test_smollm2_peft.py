@@ -1,0 +1,77 @@
+"""Every method that PEFT has too, on the real model: the same function and the same training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import families, helpers
+from tests.models.test_peft_methods import trace
+from trainjax.models import load, load_adapter, save_model
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.parity,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("optimised"),
+    pytest.mark.filterwarnings("ignore"),  # of torch and transformers
+]
+
+SEQ = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as transformers reads it, in float32."""
+    path = tmp_path_factory.mktemp("smollm2") / "model"
+    save_model(path, load(helpers.smollm2()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return load(folder)
+
+
+def wrapped(folder: Path, name: str) -> Any:
+    """PEFT's wrapper of the real model, with a little noise on what trains."""
+    import peft
+    import torch
+    import transformers
+
+    _, kind, settings = families.METHODS[name]
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+    found = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter_name, parameter in found.named_parameters():
+            if parameter.requires_grad:
+                rng = np.random.default_rng([*parameter_name.encode()])
+                noise = 0.02 * rng.standard_normal(parameter.shape)
+                parameter.add_(torch.from_numpy(noise.astype(np.float32)))
+    return found
+
+
+@pytest.mark.parametrize("name", families.METHODS)
+def test_it_computes_and_trains_as_peft_does(folder, model, tmp_path, name):
+    import torch
+
+    from tests.golden.make_peft import trace as trace_of_peft
+
+    theirs = wrapped(folder, name)
+    theirs.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    batches = rng.integers(0, 49152, (families.STEPS, 1, SEQ)).astype(np.int32)
+    with torch.no_grad():
+        logits = theirs.eval()(torch.from_numpy(batches[0]).long()).logits[:, -SEQ:].numpy()
+    expected = trace_of_peft(theirs, batches, learning_rate=1e-3)
+
+    method, adapter = load_adapter(tmp_path, model)
+    found = model.with_params(method.attach(model.params, adapter)).logits(batches[0])
+    helpers.assert_close({"logits": found}, {"logits": logits}, 1e-5)
+    losses = trace(model, method, adapter, batches, learning_rate=1e-3)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-4)
