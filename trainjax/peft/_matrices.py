@@ -132,6 +132,14 @@ def dropout_keys(key: PRNGKeyArray | None, dropout: float, name: str, stack: Seq
     return jax.random.split(tree.key_for(key, name), tuple(stack))
 
 
+def dropped(x: jax.Array, key: Any, dropout: float) -> jax.Array:
+    """`x` with a share of its numbers zeroed and the rest scaled up; as it is without a key."""
+    if key is None or not dropout:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
+    return jnp.where(kept, x / (1.0 - dropout), jnp.zeros((), x.dtype))
+
+
 def checked_dropout(dropout: float) -> float:
     """The dropout.
 

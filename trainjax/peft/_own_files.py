@@ -68,6 +68,11 @@ def read(files: PeftFiles, method: str, kind: type[C]) -> tuple[C, Params] | Non
     return kind(**{key: _tuples(value) for key, value in given.items()}), tree.unflatten(leaves)
 
 
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def check_shapes(adapter: Params, expected: Params) -> None:
     """Refuses an adapter of another model.
 
