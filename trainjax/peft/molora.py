@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from trainjax import tree
 from trainjax.ops.matmul import matmul
 from trainjax.peft import _own_files as own_files
 from trainjax.peft._low_rank import LowRank
@@ -171,9 +170,7 @@ def molora(
 def _method(config: _Config) -> Peft:
     bind = functools.partial
     penalty = bind(_penalty, config) if config.balance else None
-    return Peft(
-        bind(_init, config), bind(_attach, config), _merge, bind(_export, config), penalty
-    )
+    return Peft(bind(_init, config), bind(_attach, config), _merge, bind(_export, config), penalty)
 
 
 def _init(config: _Config, key: PRNGKeyArray, params: Params) -> Params:
