@@ -3,9 +3,9 @@
     trainjax fetch smollm2-135m-instruct
     python experiments/benchmarks/adapters.py
 
-SmolLM2-135M-Instruct, LoRA of rank 16 on all linear layers. `scoring` is the log-probabilities of 12 rows of
-128 tokens; `training` a step of AdamW on them; `serving` 12 prompts of 64 tokens with 32 tokens of answer each.
-The sides alternate in one process: A one adapter, B each row its own of twelve, C the base. Prints medians
+SmolLM2-135M-Instruct, LoRA of rank 16 on all linear layers. `scoring` is the log-probabilities of 12 rows
+of 128 tokens; `training` a step of AdamW on them; `serving` 12 prompts of 64 tokens with 32 tokens of
+answer each. The sides alternate in one process: A one adapter, B each row its own of twelve, C the base. Prints medians
 and ratios to A as a table in Markdown.
 """
 

@@ -145,7 +145,7 @@ def test_each_prompt_is_answered_through_its_own_adapter(toy_model):
 
 
 def test_a_batch_with_adapters_leaves_the_reference_the_base():
-    model, (method, adapter) = helpers.tiny(), several()
+    model, method = helpers.tiny(), switched(3, rank=2)
     batch = BATCH | {"adapters": IDS}
     found = jax.jit(lambda reference, batch: reference(batch).logprobs)(tj.reference(model), batch)
     np.testing.assert_array_equal(found, logprobs(tj.policy(model, method), None, BATCH))
@@ -156,8 +156,8 @@ def test_what_is_missing_or_not_there_is_named(toy_model):
     with pytest.raises(ValueError, match="3 adapters here, and nobody said which rows take which"):
         logprobs(tj.policy(model, method), adapter, BATCH)
     plain = lora(rank=2)
+    first = plain.init(KEY, model.params)
     with pytest.raises(ValueError, match="weights have none to choose from; attach"):
-        first = plain.init(KEY, model.params)
         logprobs(tj.policy(model, plain), first, BATCH | {"adapters": IDS})
     attached = method.attach(model.params, adapter)
     for number in (3, -2):

@@ -1,4 +1,4 @@
-"""Progressive adapters: a new one trains beside earlier ones, which stay as they are and lend what they know."""
+"""Progressive adapters: a new one trains beside earlier ones, which stay and lend what they know."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def columns(
     at their matrix. Where all are LoRA they are one product of the sum of their ranks; other methods
     cost a product with the base's matrix for each column.
 
-    The adapter is `{"new": adapter, "earlier": {"0": Frozen, ...}, "lateral": {matrix: {"lateral": [*stack, columns, 1]}}}`.
-    For the next task, `[*earlier, (method, adapter["new"])]` are the earlier columns.
+    The adapter is `{"new": adapter, "earlier": {"0": Frozen, ...}, "lateral": ...}` with an array
+    `[*stack, columns, 1]` for each matrix. For the next task, `[*earlier, (method, adapter["new"])]` are the
+    earlier columns.
 
     Args:
         method: of the new column.

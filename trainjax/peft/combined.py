@@ -45,9 +45,9 @@ def combined(
     factors stand side by side, which is exact and one product; otherwise a member costs one product with
     the base's matrix more.
 
-    The adapter is `{"members": {name: adapter}, "weights": {name: number}}`. Weights are arrays in it, so other
-    weights compile nothing anew; `learned` lets them train with the rest. What is wrapped in `Frozen` does not
-    train and has no dropout. To put adapters together that there are already, see `together`.
+    The adapter is `{"members": {name: adapter}, "weights": {name: number}}`. Weights are arrays in it, so
+    other weights compile nothing anew; `learned` lets them train with the rest. What is wrapped in `Frozen`
+    does not train and has no dropout. To put adapters together that there are already, see `together`.
 
     Args:
         members: methods by name.

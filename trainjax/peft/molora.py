@@ -133,12 +133,12 @@ def molora(
     even where `top_k` is 1 (Switch Transformer, eq. 2).
 
     The penalty (`losses.adapter_penalty`) keeps the experts busy alike: `balance E sum_e f_e P_e`, where
-    `P_e` is the mean probability of expert `e` and `f_e` its load, which is the share of the tokens' choices that
-    fall on it, or without `top_k`, where every token has all experts, `P_e` again. Means are over tokens that
-    are no padding, and the penalty is the mean over all routers. It is at least `balance`, if the experts are
-    in balance, and at most `balance E`, if one has all tokens. Metrics: `balance`, the penalty without its
-    coefficient; `load/e` of each expert in the mean of the routers; `max_load`, the share of a
-    router's busiest expert in the same mean.
+    `P_e` is the mean probability of expert `e` and `f_e` its load: the share of the tokens' choices that fall
+    on it, or without `top_k`, where every token has all experts, `P_e` again. Means are over tokens that are
+    no padding, and the penalty is the mean over all routers: `balance` if the experts are in balance,
+    `balance E` if one has all tokens. Metrics: `balance`, the penalty without its coefficient; `load/e` of
+    each expert in the mean of the routers; `max_load`, the share of a router's busiest expert in the same
+    mean.
 
     Args:
         rank: inner size of each expert.

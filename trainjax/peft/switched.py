@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from trainjax import tree
-from trainjax.ops.matmul import matmul
+from trainjax.ops.matmul import low_rank_of_rows, matmul
 from trainjax.peft import _own_files as own_files
 from trainjax.peft._low_rank import LowRank, factors
 from trainjax.peft._matrices import (
@@ -71,7 +71,7 @@ class Switched(Weight):
                 "give the batch `adapters`, or generate adapters=[...]"
             )
         rows = dropped(x, self.key, self.dropout).reshape(len(self.ids), -1, x.shape[-1])
-        update = _each_its_own(rows, self.a.astype(x.dtype), self.b.astype(x.dtype), self.ids)
+        update = low_rank_of_rows(rows, self.a, self.b, self.ids)
         update = update.reshape(len(x), -1) * self.scale.astype(x.dtype)
         return matmul(x, self.w) + update
 
@@ -87,18 +87,6 @@ _NO_MERGE = (
     "several adapters do not merge into one matrix: merge one of them, "
     "lora(...).merge(params, member(adapter, i))"
 )
-
-
-def _each_its_own(
-    x: Float[Array, "batch seq in"],
-    a: Float[Array, "adapters in rank"],
-    b: Float[Array, "adapters rank out"],
-    ids: Int[Array, " batch"],
-) -> Float[Array, "batch seq out"]:
-    own = jnp.maximum(ids, 0)
-    inner = jnp.einsum("bsi,bir->bsr", x, a[own])
-    inner = jnp.where((ids >= 0)[:, None, None], inner, jnp.zeros((), x.dtype))
-    return jnp.einsum("bsr,bro->bso", inner, b[own])
 
 
 def chosen(params: Params, ids: Int[Array | np.ndarray, " batch"] | Sequence[int]) -> Params:
