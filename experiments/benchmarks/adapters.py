@@ -5,8 +5,8 @@
 
 SmolLM2-135M-Instruct, LoRA of rank 16 on all linear layers. `scoring` is the log-probabilities of 12 rows
 of 128 tokens; `training` a step of AdamW on them; `serving` 12 prompts of 64 tokens with 32 tokens of
-answer each. The sides alternate in one process: A one adapter, B each row its own of twelve, C the base. Prints medians
-and ratios to A as a table in Markdown.
+answer each. The sides alternate in one process: one adapter for all rows, each row its own of twelve, and
+the base alone. Prints medians, and the ratio of twelve to one, as a table in Markdown.
 """
 
 import argparse

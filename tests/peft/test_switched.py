@@ -216,7 +216,6 @@ class TestContract(contract.Contract):
         adapter = contract.moved(method.init(KEY, model.params))
         tj.save_adapter(tmp_path, model, method, adapter)
         other, again = tj.load_adapter(tmp_path, model)
-        contract.equal(again, adapter)
         found = with_rows(other).attach(model.params, again)
         expected = method.attach(model.params, adapter)
-        contract.equal(found, expected)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)

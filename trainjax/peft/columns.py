@@ -98,7 +98,8 @@ class _Init:
 @functools.cache  # equal settings give the same functions, so that jit sees no new program in them
 def _method(config: _Config) -> Peft:
     bind = functools.partial
-    return Peft(*(bind(f, config) for f in (_init, _attach, _merge, _export)))
+    init, attach = bind(_init, config), bind(_attach, config)
+    return Peft(init, attach, bind(_merge, config), bind(_export, config))
 
 
 def _init(config: _Config, earlier: Sequence[Params], key: PRNGKeyArray, params: Params) -> Params:

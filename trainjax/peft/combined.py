@@ -122,8 +122,8 @@ def _check(
 def _method(config: _Config) -> Peft:
     bind = functools.partial
     penalty = bind(_penalty, config) if _with_penalty(config) else None
-    own = (bind(f, config) for f in (_init, _attach, _merge, _export))
-    return Peft(*own, penalty)
+    init, attach = bind(_init, config), bind(_attach, config)
+    return Peft(init, attach, bind(_merge, config), bind(_export, config), penalty)
 
 
 def _init(config: _Config, key: PRNGKeyArray, params: Params) -> Params:
@@ -168,7 +168,8 @@ def _penalty(
     config: _Config, adapter: Params, reports: Mapping[str, Array], rows: Array
 ) -> tuple[Array, Metrics]:
     """The members' own, their metrics by the member's name."""
-    methods, total, metrics = dict(config.members), jnp.zeros(()), {}
+    methods, total = dict(config.members), jnp.zeros(())
+    metrics: Metrics = {}
     for name in _with_penalty(config):
         penalty = methods[name].penalty
         assert penalty is not None
