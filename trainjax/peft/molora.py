@@ -153,7 +153,7 @@ def molora(
         ValueError: fewer than 2 experts; top_k outside 1 to experts; a negative balance; rank, dropout
             and target as in `lora`.
 
-    Source: Zadouri et al. 2023, arXiv:2309.05444, section 2; the penalty of Fedus et al. 2021,
+    Source: Zadouri et al. 2023, arXiv:2309.05444 (soft merging); the penalty of Fedus et al. 2021,
         arXiv:2101.03961, eq. 4 to 6.
     """
     if experts < 2:
