@@ -34,9 +34,9 @@ def adapter_penalty(policy: Any, strength: float = 1.0) -> Loss:
 
 def _adapter_penalty(inputs: Any, params: Params, batch: Batch, key: PRNGKeyArray | None):
     policy, strength = inputs
-    segments = batch.get("segments", jnp.ones_like(batch["tokens"]))
-    real = (segments.reshape(-1) > 0).astype(jnp.float32)
-    rows = real / jnp.maximum(jnp.sum(real), 1.0)
+    real = batch.get("segments", jnp.ones_like(batch["tokens"])).reshape(-1) > 0
+    rows = real.astype(jnp.float32)
+    rows = rows / jnp.maximum(jnp.sum(rows), 1.0)
     value, metrics = policy.peft.penalty(params, policy.reports(params, batch, key), rows)
     part = share(batch)
     return strength * part * value, {name: part * metric for name, metric in metrics.items()}

@@ -140,6 +140,19 @@ def dropped(x: jax.Array, key: Any, dropout: float) -> jax.Array:
     return jnp.where(kept, x / (1.0 - dropout), jnp.zeros((), x.dtype))
 
 
+def each(f: Callable[..., Any], *stacks: Any) -> Any:
+    """`f` of each matrix of a stack, one after another: nothing of the whole stack's size is made.
+
+    Args:
+        f: of one matrix, in float32 `[in, out]`, and of what the others have for it.
+        *stacks: first the matrix, an array or a `Weight`; then arrays with the same leading axes.
+    """
+    w = stacks[0]
+    if len(w.shape) == 2:
+        return f(dense(w), *stacks[1:])
+    return jax.lax.map(lambda parts: each(f, *parts), stacks)
+
+
 def checked_dropout(dropout: float) -> float:
     """The dropout.
 

@@ -70,7 +70,7 @@ def read(files: PeftFiles, method: str, kind: type[C]) -> tuple[C, Params] | Non
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
+    """The value with the lists that JSON makes of tuples as tuples again, which can be hashed."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
