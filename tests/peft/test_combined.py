@@ -132,7 +132,7 @@ def test_penalties_of_members_are_theirs_by_name():
             "member 'code' needs an optimizer of its own",
         ),
     ],
-    ids=str,
+    ids=["none", "name", "weights", "frozen", "optimizer"],
 )
 def test_a_bad_setting_is_named_with_what_would_be_right(members, settings, message):
     with pytest.raises(ValueError, match=message):
