@@ -18,6 +18,7 @@ from trainjax.ops.attention import Branches
 from trainjax.ops.draw import draw
 from trainjax.ops.vocab import NO_EXTRAS, Extras, TokenStats, token_stats
 from trainjax.parallel.rules import num_row_shards
+from trainjax.peft.switched import chosen
 from trainjax.types import Batch, Params, Peft, pytree, static
 
 
@@ -51,6 +52,8 @@ class Policy:
             params: the adapter, the full params, or None for the base alone.
             batch: `tokens`, and `segments` and `positions` if rows are packed. If it has `targets`,
                 `[batch, seq]`, these are predicted in the place of the tokens, after the same context.
+                `adapters` tells which of several adapters a row goes through (`peft.switched`); the base
+                alone has none.
             key: turns dropout on.
             where: the tokens wanted; the head does no work for others. By default all.
             extras: further statistics: entropy, mean logit, collision.
@@ -120,7 +123,7 @@ class Policy:
         self, params: Params | None, batch: Batch, key: PRNGKeyArray | None = None
     ) -> tuple[Params, Array, Params]:
         """The weights, the hidden states and what weights report, which the terms of a loss share."""
-        names = ("tokens", "positions", "segments", "prefixes")
+        names = ("tokens", "positions", "segments", "prefixes", "adapters")
         read = {name: batch[name] for name in names if name in batch}
         return sharing.once(_forward, self, params, read, key)
 
@@ -129,6 +132,8 @@ def _forward(
     policy: Policy, params: Params | None, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Params, Array, Params]:
     weights, tokens = policy.attached(params, key), batch["tokens"]
+    if "adapters" in batch and params is not None:
+        weights = chosen(weights, batch["adapters"])
     positions = batch.get("positions")
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

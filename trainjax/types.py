@@ -39,6 +39,8 @@ Batch = Mapping[str, Any]
 | `weights`   | `[batch, seq]` | float32 weight of the token *as a target*; sums to 1 over the batch  |
 | `rows`      | `[batch, seq]` | int32, the row of the source a token comes from, -1 for padding      |
 | `targets`   | `[batch, seq]` | int32, predicted in the place of `tokens` where a batch has them     |
+| `adapters`  | `[batch]`      | int32: the adapter that a row goes through where there are several    |
+|             |                | (`peft.switched`), from 0; -1 for the base without any               |
 | `step`      | `[]`           | int32, optimizer steps done before; the training step puts it there  |
 
 and where several completions of a prompt are compared, in groups of `size` (two, chosen first, in a pair):

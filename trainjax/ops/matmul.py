@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from trainjax.types import Weight
 
@@ -94,3 +94,21 @@ def _low_rank_bwd(residuals: Any, g: Array) -> tuple[Array, Array, Array]:
 
 
 low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
+
+
+def low_rank_of_rows(
+    x: Float[Array, "batch seq in"],
+    a: Float[Array, "choices in rank"],
+    b: Float[Array, "choices rank out"],
+    choice: Int[Array, " batch"],
+) -> Float[Array, "batch seq out"]:
+    """`(x[i] @ a[choice[i]]) @ b[choice[i]]` for each row `i` of a batch, 0 where its choice is below 0.
+
+    The factors are gathered: a row reads its own, whatever others there are. XLA's CPU backend has no
+    kernel for batched products of bfloat16, so these are of float32 there.
+    """
+    kind = jnp.float32 if _is_narrow(x) else x.dtype
+    own = jnp.maximum(choice, 0)
+    inner = jnp.einsum("bsi,bir->bsr", x.astype(kind), a[own].astype(kind))
+    inner = jnp.where((choice >= 0)[:, None, None], inner, jnp.zeros((), kind))
+    return jnp.einsum("bsr,bro->bso", inner, b[own].astype(kind)).astype(x.dtype)

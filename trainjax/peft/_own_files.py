@@ -35,7 +35,8 @@ def export(method: str, config: Any, adapter: Params) -> PeftFiles:
     tensors: dict[str, np.ndarray] = {}
     trains = tree.flatten(tree.trainable(adapter))
     for name, value in tree.flatten(tree.thawed(adapter)).items():
-        tensors[name if name in trains else _FROZEN + name] = np.ascontiguousarray(value)
+        # Not ascontiguousarray, which makes a vector of a single number.
+        tensors[name if name in trains else _FROZEN + name] = np.asarray(value, order="C")
     return PeftFiles({"peft_type": _TYPE, _METHOD: method} | dataclasses.asdict(config), tensors)
 
 

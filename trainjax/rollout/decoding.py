@@ -21,6 +21,7 @@ from trainjax.models import Model
 from trainjax.nn import Cache, Decoder, head, num_virtual_tokens, start_cache
 from trainjax.ops.head import logits
 from trainjax.parallel.rules import num_row_shards
+from trainjax.peft import switched
 from trainjax.rollout.sampling import Drawn, Sampler, greedy, sample
 from trainjax.types import Params
 
@@ -79,6 +80,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     stop: Sequence[str] = (),
     batch_size: int = 32,
+    adapters: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Answers to prompts, in their order.
 
@@ -90,21 +92,29 @@ def generate(
         key: for sampling; row i draws from `fold_in(key, i)`, whatever the batch.
         stop: strings that end an answer, besides the model's end-of-sequence tokens.
         batch_size: prompts at once; those of like length go together.
+        adapters: for a model with several adapters attached (`peft.switched`), which one each prompt
+            goes through; -1 for the base without any.
 
     Raises:
         ValueError: an empty prompt; one that with its answer exceeds the model's `max_length`;
-            sampling without a key.
+            sampling without a key; adapters that are not as many as prompts, or that the model does not
+            have.
 
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is one text; give a list of them")
+    if adapters is not None and len(adapters) != len(prompts):
+        raise ValueError(f"{len(adapters)} adapters for {len(prompts)} prompts: give one for each")
     ids = [prompt_ids(model.tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
     answers: dict[int, Completion] = {}
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         rows = min(batch_size, len(ids))  # the last batch is filled up: it needs no other program
-        batch = _Batch(model, [ids[i] for i in chosen], chosen, max_new_tokens, sampler, key, rows)
+        own = None if adapters is None else [adapters[i] for i in chosen]
+        batch = _Batch(
+            model, [ids[i] for i in chosen], chosen, max_new_tokens, sampler, key, rows, own
+        )
         batch.run(stop)
         answers |= zip(chosen, batch.completions(stop), strict=True)
     return [answers[i] for i in range(len(ids))]
@@ -168,13 +178,17 @@ class _Batch:
         sampler: Sampler,
         key: PRNGKeyArray | None,
         rows: int,
+        adapters: Sequence[int] | None = None,
     ) -> None:
         _check(model, prompts, numbers, max_new_tokens, sampler, key)
+        shards = num_row_shards(model.module.mesh)
+        rows = -(-rows // shards) * shards
+        if adapters is not None:
+            unused = [-1] * (rows - len(prompts))
+            model = model.with_params(switched.chosen(model.params, [*adapters, *unused]))
         self._model, self._sampler, self._limit = model, sampler, max_new_tokens
         self._prompts = len(prompts)
         self._ends = np.asarray(_end_ids(model), np.int32)
-        shards = num_row_shards(model.module.mesh)
-        rows = -(-rows // shards) * shards
         tokens, lengths = _left_padded(prompts, rows)
         key = jax.random.key(0) if key is None else key
         folds = np.zeros(rows, np.int32)
