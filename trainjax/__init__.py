@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trainjax import optim as optim
     from trainjax import parallel as parallel
     from trainjax import peft as peft
+    from trainjax import quant as quant
     from trainjax import rollout as rollout
     from trainjax import train as train
     from trainjax import tree as tree
@@ -57,7 +58,7 @@ _HOMES = {
 }
 _MODULES = {
     *("data", "estimate", "evals", "losses", "merging", "models", "optim"),
-    *("parallel", "peft", "rollout", "train", "tree"),
+    *("parallel", "peft", "quant", "rollout", "train", "tree"),
 }
 __all__ = sorted([*_HOMES, *_MODULES])
 

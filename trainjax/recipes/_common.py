@@ -52,6 +52,7 @@ PEFT: Mapping[str, Callable[..., Peft]] = {
     "adalora": peft.adalora,
     "vera": peft.vera,
     "tied_lora": peft.tied_lora,
+    "molora": peft.molora,
     "bottleneck": peft.bottleneck,
     "ia3": peft.ia3,
     "bitfit": peft.bitfit,
@@ -82,7 +83,7 @@ class PeftConfig:
     """Regex of the matrices that get one, over names such as layers/attention/query/kernel."""
     dropout: float | None = None
     """On the update's input, in training (0)."""
-    rslora: bool | None = None
+    rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     ratio: float | None = None
     """lora_plus: how many times A's learning rate B has (16)."""
@@ -114,7 +115,7 @@ class PeftConfig:
     """sparse: share of each matrix's entries that trains (0.005)."""
     num_virtual_tokens: int | None = None
     """prompt, p_tuning, prefix: tokens before every example (20)."""
-    prefix_projection: bool | None = None
+    prefix_projection: bool = False
     """prefix: make it by a small network, which is left out of the file."""
     encoder_hidden_size: int | None = None
     """p_tuning, prefix: width of that network (the model's)."""
@@ -137,7 +138,7 @@ class PeftConfig:
         known = {name: parameters[name].default for name in _SETTINGS if name in parameters}
         needed = [name for name, value in known.items() if value is inspect.Parameter.empty]
         values = {name: getattr(self, name) for name in _SETTINGS}
-        given = {name: value for name, value in values.items() if value is not None}
+        given = {name: value for name, value in values.items() if value != _UNSET[name]}
         for name, value in given.items():
             if name not in known:
                 raise ValueError(
@@ -153,7 +154,8 @@ class PeftConfig:
         return PeftConfig(name=self.name, **self.settings())
 
 
-_SETTINGS = [field.name for field in dataclasses.fields(PeftConfig) if field.name != "name"]
+_UNSET = {field.name: field.default for field in dataclasses.fields(PeftConfig)}
+_SETTINGS = [name for name in _UNSET if name != "name"]
 
 
 @dataclasses.dataclass(frozen=True)

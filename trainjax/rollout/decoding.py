@@ -21,7 +21,7 @@ from trainjax.models import Model
 from trainjax.nn import Cache, Decoder, head, num_virtual_tokens, start_cache
 from trainjax.ops.head import logits
 from trainjax.parallel.rules import num_row_shards
-from trainjax.peft import switched
+from trainjax.peft.switched import chosen as with_adapters
 from trainjax.rollout.sampling import Drawn, Sampler, greedy, sample
 from trainjax.types import Params
 
@@ -185,7 +185,7 @@ class _Batch:
         rows = -(-rows // shards) * shards
         if adapters is not None:
             unused = [-1] * (rows - len(prompts))
-            model = model.with_params(switched.chosen(model.params, [*adapters, *unused]))
+            model = model.with_params(with_adapters(model.params, [*adapters, *unused]))
         self._model, self._sampler, self._limit = model, sampler, max_new_tokens
         self._prompts = len(prompts)
         self._ends = np.asarray(_end_ids(model), np.int32)
