@@ -112,7 +112,7 @@ class PeftConfig:
     add: bool | None = None
     """bitfit: give matrices a bias; by default where none of them has one."""
     density: float | None = None
-    """sparse: share of each matrix's entries that trains (0.005)."""
+    """sparse: share of each matrix's entries that trains, drawn at random (0.005)."""
     num_virtual_tokens: int | None = None
     """prompt, p_tuning, prefix: tokens before every example (20)."""
     prefix_projection: bool = False

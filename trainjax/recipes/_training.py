@@ -17,7 +17,7 @@ import optax
 from trainjax import data, losses, models, optim, train, tree
 from trainjax.models import Model
 from trainjax.nn import flops_per_token
-from trainjax.policies import policy
+from trainjax.policies import Policy, policy
 from trainjax.recipes import _common as common
 from trainjax.recipes._common import MeshConfig, PeftConfig, say
 from trainjax.train import metrics
@@ -173,10 +173,11 @@ def run(
 ) -> None:
     """Trains a language model, whole or by an adapter; see `Job` and `run_job`."""
     first, save = (functools.partial(f, config) for f in (_first_params, _save))
-    run_job(
-        config,
-        Job(functools.partial(_with_penalty, config, loss_of), first, save, read, prepare, same),
-    )
+
+    def loss(model: Model) -> Loss:
+        return with_penalty(loss_of(model), policy(model, config.adapter()))
+
+    run_job(config, Job(loss, first, save, read, prepare, same))
 
 
 def run_job(config: TrainConfig, job: Job) -> None:
@@ -249,12 +250,18 @@ def run_job(config: TrainConfig, job: Job) -> None:
     job.save(model, state.params)
 
 
-def _with_penalty(config: TrainConfig, loss_of: Callable[[Model], Loss], model: Model) -> Loss:
-    """The recipe's loss and, where the method has one, the method's own term."""
-    method, loss = config.adapter(), loss_of(model)
-    if method is None or method.penalty is None:
+def with_penalty(loss: Loss, policy: Policy, part: str | None = None) -> Loss:
+    """A recipe's loss and, where the policy's method has one, the method's own term.
+
+    Args:
+        loss: of the policy.
+        policy: as it trains.
+        part: the name under which the policy's params are in those of the loss, if they are a part.
+    """
+    if policy.peft is None or policy.peft.penalty is None:
         return loss
-    return loss + losses.adapter_penalty(policy(model, method))
+    own = losses.adapter_penalty(policy)
+    return loss + (own if part is None else losses.at(part, own))
 
 
 def _first_params(config: TrainConfig, model: Model) -> Params:

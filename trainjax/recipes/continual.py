@@ -160,7 +160,8 @@ def _learned(run: _Run, kept: parts.Kept, number: int) -> parts.Kept:
     config, method, stage = run.config, run.method, run.stages[number]
     ours, seed = method.policy(run.plain, kept.memory), config.seed_of(number)
     penalty = method.penalty(kept.memory, ours, number)
-    loss = losses.sft(ours) if penalty is None else losses.sft(ours) + penalty
+    loss = training.with_penalty(losses.sft(ours), ours)
+    loss = loss if penalty is None else loss + penalty
     tx = method.optimizer(run.optimizer(stage.steps), kept.memory, seed)
     start = method.start(kept.params, lambda: config.untrained(run.model, number))
     state, step = train.init(start, tx, seed), run.make_step(tx)

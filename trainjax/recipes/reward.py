@@ -12,7 +12,7 @@ from trainjax.models import Model
 from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
 from trainjax.scorers import init_scorer, scorer
-from trainjax.types import Params
+from trainjax.types import Loss, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,13 @@ def main(config: Config) -> None:
         score_bound=config.score_bound,
     )
     loss_of(lambda params, batch, key: None)  # refuses a wrong number before anything is read
+
+    def with_penalty(model: Model) -> Loss:
+        trained = scorer(model, config.adapter())
+        return training.with_penalty(loss_of(trained), trained.body, part="body")
+
     job = training.Job(
-        loss_of=lambda model: loss_of(scorer(model, config.adapter())),
+        loss_of=with_penalty,
         first_params=functools.partial(_first_params, config),
         save=functools.partial(_save, config),
         read=data.pair,
