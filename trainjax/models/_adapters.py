@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import pkgutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-import trainjax.peft
 from trainjax import tree
 from trainjax.io import peft as files
 from trainjax.models._model import SCORE, Model, tensor_names
 from trainjax.models._save import host_array, save_model
+from trainjax.peft._methods import method_of
 from trainjax.types import Params, Peft, PeftFiles
 
 _SCORING = "SEQ_CLS"  # PEFT's word for it
@@ -136,13 +134,8 @@ def _read(path: str | Path, model: Model, *, other_base: bool) -> PeftFiles:
 
 
 def _from_files(path: str | Path, found: PeftFiles, model: Model) -> tuple[Peft, Params]:
-    package = trainjax.peft
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    for name in (name for name in names if not name.startswith("_")):
-        method = importlib.import_module(f"{package.__name__}.{name}")
-        loaded = method.from_peft(found, _modules(model), model.params)
-        if loaded is not None:
-            return loaded
+    if (loaded := method_of(found, _modules(model), model.params)) is not None:
+        return loaded
     raise ValueError(
         f"{path}: adapters of peft_type={found.fields.get('peft_type')!r} are not supported"
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from trainjax.peft import _own_files as own_files
+from trainjax.peft._methods import method_of
 from trainjax.types import Params, Peft, PeftFiles
 
 C = TypeVar("C")
@@ -62,12 +61,8 @@ def read(
 def _member(
     name: str, files: PeftFiles, modules: Mapping[str, str], params: Params
 ) -> tuple[Peft, Params]:
-    package = importlib.import_module(__package__)
-    for info in pkgutil.iter_modules(package.__path__):
-        if not info.name.startswith("_"):
-            method = importlib.import_module(f"{package.__name__}.{info.name}")
-            if (found := method.from_peft(files, modules, params)) is not None:
-                return found
+    if (found := method_of(files, modules, params)) is not None:
+        return found
     raise ValueError(
         f"the adapter's member {name!r} of peft_type={files.fields.get('peft_type')!r} is not supported"
     )

@@ -8,6 +8,7 @@ that do not train.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainjax import tree
-from trainjax.types import Frozen, Params, PeftFiles
+from trainjax.types import Frozen, Params, Peft, PeftFiles
 
 C = TypeVar("C")
 
@@ -72,6 +73,29 @@ def read(files: PeftFiles, method: str, kind: type[C]) -> tuple[C, Params] | Non
 def _tuples(value: Any) -> Any:
     """The value with the lists that JSON makes of tuples as tuples again, which can be hashed."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def method_in(
+    files: PeftFiles, method: str, kind: type[C], make: Callable[[C], Peft], params: Params
+) -> tuple[Peft, Params] | None:
+    """The method and the adapter in files of ours, or None if they are another method's.
+
+    Args:
+        files: settings and tensors.
+        method: the name of the method's file in this package.
+        kind: of its settings.
+        make: the method with such settings.
+        params: the base, for the shapes.
+
+    Raises:
+        ValueError: as `read`; an array of another shape than this model's adapter has.
+    """
+    if (found := read(files, method, kind)) is None:
+        return None
+    config, adapter = found
+    made = make(config)
+    check_shapes(adapter, abstract(made.init, params))
+    return made, adapter
 
 
 def check_shapes(adapter: Params, expected: Params) -> None:

@@ -176,10 +176,4 @@ def from_peft(
     Raises:
         ValueError: a setting that is not known, an array of another shape than this model's.
     """
-    found = own_files.read(files, "bitfit", _Config)
-    if found is None:
-        return None
-    config, adapter = found
-    method = _method(config)
-    own_files.check_shapes(adapter, own_files.abstract(method.init, params))
-    return method, adapter
+    return own_files.method_in(files, "bitfit", _Config, _method, params)

@@ -178,10 +178,4 @@ def from_peft(
     Raises:
         ValueError: a setting that is not known, an array of another shape than this model's.
     """
-    found = own_files.read(files, "bottleneck", _Config)
-    if found is None:
-        return None
-    config, adapter = found
-    method = bottleneck(config.bottleneck_size, config.target, activation=config.activation)
-    own_files.check_shapes(adapter, own_files.abstract(method.init, params))
-    return method, adapter
+    return own_files.method_in(files, "bottleneck", _Config, _method, params)

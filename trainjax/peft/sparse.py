@@ -171,19 +171,15 @@ def from_peft(
         ValueError: a setting that is not known, an array of another shape than this model's, an index
             that is no entry of its matrix or comes twice.
     """
-    found = own_files.read(files, "sparse", _Config)
-    if found is None:
+    if (found := own_files.method_in(files, "sparse", _Config, _method, params)) is None:
         return None
-    config, adapter = found
-    method = sparse(config.density, config.target)
-    own_files.check_shapes(adapter, own_files.abstract(method.init, params))
-    parts = grouped(adapter)
-    for name, w in targets(params, config.target).items():
-        indices = np.asarray(parts[name]["indices"])
+    named = tree.flatten(params)
+    for name, parts in grouped(found[1]).items():
+        w, indices = named[name], np.asarray(parts["indices"])
         rising = (np.diff(indices, axis=-1) > 0).all()
         if not rising or indices.min() < 0 or indices.max() >= w.shape[-2] * w.shape[-1]:
             raise ValueError(
                 f"the adapter's {name}/indices are not distinct entries, in order, of a matrix of "
                 f"{w.shape[-2]} x {w.shape[-1]}"
             )
-    return method, adapter
+    return found

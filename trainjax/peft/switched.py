@@ -285,9 +285,4 @@ def from_peft(
         ValueError: a setting that it does not have, numbers that are not finite, or shapes that are
             not this model's.
     """
-    if (read := own_files.read(files, "switched", _Config)) is None:
-        return None
-    config, adapter = read
-    method = _method(config)
-    own_files.check_shapes(adapter, own_files.abstract(method.init, params))
-    return method, adapter
+    return own_files.method_in(files, "switched", _Config, _method, params)

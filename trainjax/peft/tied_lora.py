@@ -137,10 +137,4 @@ def from_peft(
         ValueError: a setting that the method does not have, a shape that does not fit, numbers that are
             not finite; each by name.
     """
-    found = own_files.read(files, "tied_lora", Tied)
-    if found is None:
-        return None
-    config, adapter = found
-    method = _method(config)
-    own_files.check_shapes(adapter, own_files.abstract(method.init, params))
-    return method, adapter
+    return own_files.method_in(files, "tied_lora", Tied, _method, params)
