@@ -157,8 +157,8 @@ def test_over_a_quantised_base_it_is_the_update_over_the_dequantised_one():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank=0 and initial_rank=12: the rank at the end is from 1"),
-        ({"rank": 13}, "rank=13 and initial_rank=12"),
+        ({"rank": 0}, "rank=0 and initial_rank=0: the rank at the end is from 1"),
+        ({"rank": 13, "initial_rank": 12}, "rank=13 and initial_rank=12"),
         ({"initial_rank": 17}, "initial_rank=17 is above the sides of layers/attention/key/kernel"),
         ({"warmup": -1}, "warmup=-1 and final=0: steps are at least 0"),
         ({"every": 0}, "every=0: values are chosen"),

@@ -45,9 +45,13 @@ def row(text, method="lora"):
     return found
 
 
-def test_every_method_of_the_command_line_has_a_row(table, model):
-    rows = json.loads(table(model, "--json"))
-    assert [row["method"] for row in rows] == list(common.PEFT)
+def test_every_method_of_the_command_line_has_a_row(table, tmp_path):
+    """Partial tuning has none where nobody says of what."""
+    path = folder(tmp_path, LLAMA_70B)
+    rows = [json.loads(table(path, "--json", *flags)) for flags in ([], ["--target", "mlp"])]
+    names = [[row["method"] for row in found] for found in rows]
+    assert names[0] == [name for name in common.PEFT if name != "partial"]
+    assert "partial" in names[1]
 
 
 def test_the_numbers_are_those_of_a_real_adapter_and_its_file(table, model, tmp_path):

@@ -51,7 +51,7 @@ class AdaLora:
 
 def adalora(
     rank: int = 8,
-    initial_rank: int = 12,
+    initial_rank: int | None = None,
     alpha: float = 32.0,
     target: str = ALL_LINEAR,
     *,
@@ -75,7 +75,7 @@ def adalora(
 
     Args:
         rank: mean rank at the end (`target_r` in PEFT).
-        initial_rank: of each matrix at the start (`init_r`).
+        initial_rank: of each matrix at the start (`init_r`); by default half as much again.
         alpha: numerator of the scale, whose denominator is `initial_rank` throughout.
         target: regex over parameter names such as `layers/attention/query/kernel`.
         warmup: steps before the budget falls (`tinit`).
@@ -93,6 +93,7 @@ def adalora(
     Source: Zhang et al. 2023, arXiv:2303.10512, eq. 3-4, 8-12. Agrees with PEFT 0.21 `AdaLoraModel`,
     steps counted from 1.
     """
+    initial_rank = rank * 3 // 2 if initial_rank is None else initial_rank
     if not 1 <= rank <= initial_rank:
         raise ValueError(
             f"rank={rank} and initial_rank={initial_rank}: the rank at the end is from 1 to the initial"

@@ -88,7 +88,7 @@ class PeftConfig:
     ratio: float | None = None
     """lora_plus: how many times A's learning rate B has (16)."""
     initial_rank: int | None = None
-    """adalora: the rank of every matrix at first (12)."""
+    """adalora: the rank of every matrix at first (half as much again)."""
     warmup: int | None = None
     """adalora: steps before the rank falls (0)."""
     final: int | None = None
