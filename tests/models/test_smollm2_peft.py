@@ -51,9 +51,27 @@ def wrapped(folder: Path, name: str) -> Any:
         for parameter_name, parameter in found.named_parameters():
             if parameter.requires_grad:
                 rng = np.random.default_rng([*parameter_name.encode()])
-                noise = 0.02 * rng.standard_normal(parameter.shape)
-                parameter.add_(torch.from_numpy(noise.astype(np.float32)))
+                noise = torch.from_numpy(rng.standard_normal(parameter.shape)).float()
+                parameter.copy_(start(name, found, parameter) + 0.02 * noise)
     return found
+
+
+def start(name: str, wrapped: Any, parameter: Any) -> Any:
+    """PEFT's own start, but for virtual tokens, which it draws ten times as large as embeddings are.
+
+    There the real model's function is so steep that float32 sums in another order drift apart by more
+    than 1e-5, and in training by more with every step.
+    """
+    if name == "prompt":
+        return wrapped.get_input_embeddings().weight[[1, 2683, 198]]
+    return 0.1 * parameter if name.startswith("prefix") else parameter
+
+
+def batches(tokenizer: Any) -> np.ndarray:
+    """Rows of a real text, one after another: `[steps, 1, SEQ]`."""
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    ids = np.asarray(tokenizer.encode(text)[: families.STEPS * SEQ], np.int32)
+    return ids.reshape(families.STEPS, 1, SEQ)
 
 
 @pytest.mark.parametrize("name", families.METHODS)
@@ -64,14 +82,13 @@ def test_it_computes_and_trains_as_peft_does(folder, model, tmp_path, name):
 
     theirs = wrapped(folder, name)
     theirs.save_pretrained(tmp_path)
-    rng = np.random.default_rng(0)
-    batches = rng.integers(0, 49152, (families.STEPS, 1, SEQ)).astype(np.int32)
+    rows = batches(model.tokenizer)
     with torch.no_grad():
-        logits = theirs.eval()(torch.from_numpy(batches[0]).long()).logits[:, -SEQ:].numpy()
-    expected = trace_of_peft(theirs, batches, learning_rate=1e-3)
+        logits = theirs.eval()(torch.from_numpy(rows[0]).long()).logits[:, -SEQ:].numpy()
+    expected = trace_of_peft(theirs, rows, learning_rate=1e-3)
 
     method, adapter = load_adapter(tmp_path, model)
-    found = model.with_params(method.attach(model.params, adapter)).logits(batches[0])
+    found = model.with_params(method.attach(model.params, adapter)).logits(rows[0])
     helpers.assert_close({"logits": found}, {"logits": logits}, 1e-5)
-    losses = trace(model, method, adapter, batches, learning_rate=1e-3)
+    losses = trace(model, method, adapter, rows, learning_rate=1e-3)
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-4)
