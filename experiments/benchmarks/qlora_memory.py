@@ -130,6 +130,7 @@ def abstract_step(model: Model, rows: int, seq: int) -> tuple[Any, ...]:
 
 
 def compiled(arguments: tuple[Any, ...], accumulate: int = 1, **options: Any) -> Any:
+    """The training step as XLA has compiled it; nothing runs."""
     program = jax.jit(functools.partial(step, accumulate), donate_argnums=(0, 1), **options)
     return program.lower(*arguments).compile()
 
@@ -144,6 +145,7 @@ def sizes(program: Any) -> dict[str, float]:
 
 
 def status(field: str) -> int:
+    """A size of this process in bytes, as /proc has it: VmRSS, VmHWM."""
     with open("/proc/self/status") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -190,6 +192,7 @@ def measure_line(name: str, source: str) -> dict[str, Any]:
 
 
 def measure(source: str) -> None:
+    """Every line in a process of its own."""
     for name in LINES:
         command = [sys.executable, __file__, "line", "--line", name, "--source", source]
         print(
@@ -235,6 +238,7 @@ def paper(given: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Runs one of the jobs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("job", choices=["measure", "line", "paper"])
     parser.add_argument("--line", choices=list(LINES))
