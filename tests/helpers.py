@@ -19,6 +19,7 @@ from trainjax import tree
 from trainjax.io.fetch import fetched
 from trainjax.models import Model, random_model
 from trainjax.train import init, make_step
+from trainjax.train.step import Step
 from trainjax.types import Batch, Loss, Params, Peft
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -137,13 +138,17 @@ keep_gradients = optax.GradientTransformation(
 """An optimizer that changes nothing and whose state is the last gradient."""
 
 
+@functools.cache
+def gradient_step(accumulate: int = 1) -> Step:
+    """One for all tests: a loss that another test of the process had is not compiled again."""
+    return make_step(keep_gradients, accumulate=accumulate)
+
+
 def loss_and_gradients(
     loss: Loss, params: Params, batch: Batch, accumulate: int = 1
 ) -> tuple[float, dict[str, np.ndarray]]:
     """What the jitted step computes, through its public interface."""
-    state, metrics = make_step(keep_gradients, accumulate=accumulate)(
-        init(params, keep_gradients), loss, batch
-    )
+    state, metrics = gradient_step(accumulate)(init(params, keep_gradients), loss, batch)
     return float(metrics["loss"]), jax.device_get(tree.flatten(state.opt_state))
 
 
