@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
-flags = ["--xla_force_host_platform_device_count=4"]
+flags = ["--xla_force_host_platform_device_count=4", "--xla_cpu_parallel_codegen_split_count=1"]
 has_older_emitters = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 if has_older_emitters and not os.environ.get("DEFAULT_EMITTERS"):
     flags.append("--xla_cpu_use_fusion_emitters=false")  # a third of the compiler's time

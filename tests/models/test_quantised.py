@@ -25,12 +25,18 @@ from trainjax.train import init, make_step
 NAMES = ["nf4", "nf4-single", "int8", "fp8", "q8_0", "q4_1"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with matrices that every format's blocks fit."""
-    model = random_model(helpers.TINY | {"intermediate_size": 64}, jax.random.key(0))
-    save_model(tmp_path / "model", model.with_params(helpers.randomised(model.params)))
-    return tmp_path / "model"
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(folder, helpers.tiny(intermediate_size=64))
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """It again, for a test to change."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
 def matrices(params):

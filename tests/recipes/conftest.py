@@ -1,29 +1,8 @@
-import os
 import shutil
 
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests import helpers, toy
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run makes its functions anew. A cache on disk, shared by the workers of one session,
-    spares them the compiler; its size limit is there for the lock that comes with it.
-    """
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    settings = {
-        "jax_compilation_cache_dir": str(folder / "compiled"),
-        "jax_compilation_cache_max_size": 2**30,
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    compilation_cache.reset_cache()
-    with helpers.jax_settings(settings):
-        yield
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from tests import toy
 from trainjax import cli, models, tree
 from trainjax.peft import lora
 from trainjax.recipes import _common as common
+from trainjax.recipes import peft_table
 from trainjax.types import Frozen
 
 LLAMA_70B = {
@@ -50,8 +51,10 @@ def test_every_method_of_the_command_line_has_a_row(table, tmp_path):
     path = folder(tmp_path, LLAMA_70B)
     rows = [json.loads(table(path, "--json", *flags)) for flags in ([], ["--target", "mlp"])]
     names = [[row["method"] for row in found] for found in rows]
-    assert names[0] == [name for name in common.PEFT if name != "partial"]
+    assert names[0] == [name for name in peft_table.METHODS if name != "partial"]
     assert "partial" in names[1]
+    assert set(common.PEFT) <= set(names[1])
+    assert len(names[0]) >= 20
 
 
 def test_the_numbers_are_those_of_a_real_adapter_and_its_file(table, model, tmp_path):
@@ -98,13 +101,24 @@ def test_what_does_not_train_is_in_the_file_alone_and_what_cannot_merge_says_so(
         def merge(params, adapter):
             raise ValueError("it has no weights")
 
-        return lora()._replace(init=init, merge=merge)
+        def export(adapter, modules):
+            files = lora().export({k: v for k, v in adapter.items() if k != "kept"}, modules)
+            return files._replace(tensors=files.tensors | {"kept": adapter["kept"].value})
 
-    monkeypatch.setattr(common, "PEFT", {"lora": lora, "half": half})
+        return lora()._replace(init=init, merge=merge, export=export)
+
+    monkeypatch.setattr(peft_table, "METHODS", {"lora": lora, "half": half})
     text = table(model, "--json", "--rank", 4)
     plain, found = row(text), row(text, "half")
     assert found["file_bytes"] == plain["file_bytes"] + 4 * 21
     assert found == plain | {"method": "half", "file_bytes": found["file_bytes"], "merges": False}
+
+
+def test_a_network_that_only_makes_the_tokens_is_in_no_file(table, model):
+    rows = {row["method"]: row for row in json.loads(table(model, "--json"))}
+    assert rows["p_tuning"]["file_bytes"] == rows["prompt"]["file_bytes"]
+    assert rows["prefix, projected"]["file_bytes"] == rows["prefix"]["file_bytes"]
+    assert rows["prefix, projected"]["trainable"] > rows["prefix"]["trainable"]
 
 
 def test_the_table_and_markdown_say_the_same(table, model):

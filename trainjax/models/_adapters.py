@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ def save_adapter(path: str | Path, model: Model, method: Peft, adapter: Params) 
         method: `peft.lora(...)` and the like.
         adapter: the trained arrays.
     """
-    exported = method.export(adapter, _modules(model))
+    exported = method.export(adapter, peft_modules(model.hf, model.params))
     base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.source}
     fields = base | exported.fields
     if reasons := files.vllm_refuses(fields):
@@ -82,7 +84,7 @@ def save_scorer(path: str | Path, model: Model, method: Peft | None, params: Par
     if method is None:
         save_model(path, model, {**params["body"], "score": params["score"]})
         return
-    exported = method.export(params["body"], _modules(model))
+    exported = method.export(params["body"], peft_modules(model.hf, model.params))
     base = {"task_type": _SCORING, "base_model_name_or_path": model.source}
     fields = base | exported.fields | {"modules_to_save": [_SCORE]}
     kernel = host_array(params["score"]["kernel"])
@@ -134,18 +136,18 @@ def _read(path: str | Path, model: Model, *, other_base: bool) -> PeftFiles:
 
 
 def _from_files(path: str | Path, found: PeftFiles, model: Model) -> tuple[Peft, Params]:
-    if (loaded := method_of(found, _modules(model), model.params)) is not None:
+    if (loaded := method_of(found, peft_modules(model.hf, model.params), model.params)) is not None:
         return loaded
     raise ValueError(
         f"{path}: adapters of peft_type={found.fields.get('peft_type')!r} are not supported"
     )
 
 
-def _modules(model: Model) -> dict[str, str]:
+def peft_modules(hf: Mapping[str, Any], params: Params) -> dict[str, str]:
     """PEFT's module for each of our matrices, by full name, layer number included."""
     modules = {}
-    leaves = tree.flatten(model.params)
-    for name, tensors in tensor_names(model.hf, model.params).items():
+    leaves = tree.flatten(params)
+    for name, tensors in tensor_names(hf, params).items():
         if not name.endswith("kernel"):
             continue
         stack = leaves[name].shape[:-2]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,22 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from trainjax import tree
+from trainjax import peft, tree
 from trainjax.io.hub import read_config
+from trainjax.models._adapters import peft_modules
 from trainjax.models._model import abstract_params, family
 from trainjax.nn import Decoder
 from trainjax.recipes import _common as common
 from trainjax.types import Params, Peft
+
+
+METHODS: dict[str, Callable[..., Peft]] = {
+    **common.PEFT,
+    "rslora": functools.partial(peft.lora, rslora=True),
+    "prefix, projected": functools.partial(peft.prefix, prefix_projection=True),
+    "partial, norms": functools.partial(peft.partial, target="norm"),
+}
+"""Those of the command line, and settings of them that people know by a name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +57,8 @@ class Row:
         trainable: numbers that train.
         percent: of the model's numbers.
         optimizer_bytes: of AdamW's state: two float32 moments of each, and the count of steps.
-        file_bytes: of the adapter's arrays, frozen ones included; the header of the file comes on top.
+        file_bytes: of the arrays in the adapter's file, frozen ones included; its header comes on top.
+            Of an adapter beyond 1 GiB, of the arrays in memory.
         merges: whether the model with the adapter can be written as plain weights.
     """
 
@@ -64,7 +76,7 @@ def main(config: Config) -> None:
         raise ValueError("--json and --markdown are two ways to print the table; give one")
     hf = read_config(config.model)
     params = abstract_params(Decoder(family(hf).config(hf), jnp.dtype(jnp.float32)))
-    rows = list(_rows(params, config))
+    rows = list(_rows(params, peft_modules(hf, params), config))
     if config.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
     elif config.markdown:
@@ -74,9 +86,9 @@ def main(config: Config) -> None:
         Console().print(_table(rows))
 
 
-def _rows(params: Params, config: Config) -> Iterator[Row]:
+def _rows(params: Params, modules: Mapping[str, str], config: Config) -> Iterator[Row]:
     total = tree.count(params)
-    for name, make in common.PEFT.items():
+    for name, make in METHODS.items():
         if (method := _made(make, config)) is None:
             continue
         adapter = jax.eval_shape(method.init, jax.random.key(0), params)
@@ -88,7 +100,7 @@ def _rows(params: Params, config: Config) -> Iterator[Row]:
             numbers,
             100 * numbers / total,
             tree.num_bytes(state),
-            tree.num_bytes(adapter),
+            _file_bytes(method, adapter, modules),
             _merges(method, params, adapter),
         )
 
@@ -103,6 +115,14 @@ def _made(make: Callable[..., Peft], config: Config) -> Peft | None:
     return make(**{p.name: given[p.name] for p in known if p.name in given})
 
 
+def _file_bytes(method: Peft, adapter: Params, modules: Mapping[str, str]) -> int:
+    size = tree.num_bytes(adapter)
+    if size > _TOO_LARGE_TO_MAKE:
+        return size
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), adapter)
+    return sum(tensor.nbytes for tensor in method.export(zeros, modules).tensors.values())
+
+
 def _merges(method: Peft, params: Params, adapter: Params) -> bool:
     try:
         jax.eval_shape(method.merge, params, adapter)
@@ -111,6 +131,7 @@ def _merges(method: Peft, params: Params, adapter: Params) -> bool:
     return True
 
 
+_TOO_LARGE_TO_MAKE = 2**30
 _COLUMNS = ("method", "trainable", "% of model", "AdamW state", "adapter file", "merges")
 
 
