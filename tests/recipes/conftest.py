@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from tests import helpers, toy
+from tests import toy
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,6 @@ from trainjax.nn import Decoder
 from trainjax.recipes import _common as common
 from trainjax.types import Params, Peft
 
-
 METHODS: dict[str, Callable[..., Peft]] = {
     **common.PEFT,
     "rslora": functools.partial(peft.lora, rslora=True),
