@@ -122,17 +122,22 @@ def measured(folder: Path, out: Path) -> dict[str, float]:
 
 
 def plot(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Where every model is between the two tasks."""
-    figure = Figure((6.4, 5.0), layout="constrained", dpi=130)
-    axes = figure.subplots()
-    first, second = TASKS
-    for name, found in results.items():
-        x, y = 100 * found[first], 100 * found[second]
-        axes.plot(x, y, "o", color="C0" if name in ("base", "both", *TASKS) else "C1")
-        axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel=f"{first}, exact match %", ylabel=f"{second}, exact match %")
-    axes.grid(color="0.94")
-    axes.margins(0.12)
+    """Right answers on each task, and the loss on dialogues, a line for each model."""
+    figure = Figure((8.4, 5.0), layout="constrained", dpi=130)
+    right, talk = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for number, task in enumerate(TASKS):
+        places = [line + 0.36 * (number - 0.5) for line in range(len(results))]
+        right.barh(places, [100 * found[task] for found in results.values()], 0.34, label=task)
+    talk.plot(
+        [found["dialogues"] for found in results.values()], range(len(results)), "o", color="C2"
+    )
+    talk.axvline(results["base"]["dialogues"], color="0.6", linewidth=0.8)
+    right.set_yticks(range(len(results)), list(results))
+    right.invert_yaxis()
+    right.set(xlabel="right answers, %", xlim=(0, 100))
+    right.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.1))
+    talk.set(xlabel="loss on dialogues")
+    talk.grid(axis="y", color="0.94")
     figure.savefig(path)
 
 
