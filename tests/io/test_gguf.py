@@ -12,7 +12,8 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFEndian, GGUFReader, GGUFWriter
 
 from tests import helpers
-from trainjax.io.gguf import GgufFile, read_header
+from trainjax.io.gguf import GgufFile
+from trainjax.io.gguf_header import read_header
 
 # --- files --------------------------------------------------------------------------------------
 

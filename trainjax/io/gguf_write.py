@@ -21,7 +21,7 @@ from gguf import (
 )
 
 from trainjax.io import folder
-from trainjax.io.gguf import LLAMA_NAMES, llama3_factors, llama_rows
+from trainjax.io.gguf_architectures import LLAMA_NAMES, llama3_factors, llama_rows
 from trainjax.io.gguf_tokenizer import to_gguf
 from trainjax.types import Checkpoint
 

@@ -43,7 +43,7 @@ def from_gguf(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     silent, where llama.cpp adds them.
 
     Args:
-        fields: plain values by key, as in `io.gguf.Header.metadata`.
+        fields: plain values by key, as in `io.gguf_header.Header.metadata`.
 
     Raises:
         ValueError: the kind of tokenizer, or how it splits text into words, is not supported or not
