@@ -54,6 +54,10 @@ class Model:
         """The same model with other weights: an adapter attached, say."""
         return dataclasses.replace(self, params=params)
 
+    def with_fp8(self) -> Model:
+        """The same model whose layers multiply 8-bit floats; see `ops.fp8.product`."""
+        return dataclasses.replace(self, module=self.module.clone(fp8=True))
+
 
 @functools.partial(platform.jit, static_argnums=0)
 def _logits(module: Decoder, params: Params, tokens: Array) -> Array:

@@ -26,6 +26,7 @@ from trainjax.nn.mlp import SwiGlu
 from trainjax.nn.virtual import KEPT, Virtual, num_virtual_tokens, virtual_tokens
 from trainjax.ops.attention import Prefix, Segments
 from trainjax.ops.head import Head, Tied
+from trainjax.ops.matmul import products
 from trainjax.ops.norm import rms_norm
 from trainjax.ops.rope import Rope, Rotation, rotation
 from trainjax.types import Params
@@ -132,12 +133,15 @@ class Decoder(nn.Module):
         dtype: what activations are computed in; norms, softmax and rotations are float32 inside.
         remat: what is kept for the backward pass, from `nn.remat`; None keeps all.
         mesh: the mesh that activations are sharded over, or None.
+        fp8: whether the layers' products are of 8-bit floats (`ops.fp8`); thin ones of adapters, the head and
+            quantised matrices are not.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: Callable[..., Any] | None = remats.full
     mesh: Mesh | None = None
+    fp8: bool = False
 
     @nn.compact
     def __call__(
@@ -184,9 +188,10 @@ class Decoder(nn.Module):
             length=c.num_layers,
         )(c, self.mesh, name="layers")
         places = None if virtual is None or c.window is None else positions
-        (x, stacks), _ = layers(
-            (x, stacks), jnp.arange(c.num_layers), tables, segments, slots, virtual, places
-        )
+        with products(in_fp8=self.fp8):
+            (x, stacks), _ = layers(
+                (x, stacks), jnp.arange(c.num_layers), tables, segments, slots, virtual, places
+            )
         x = Norm(c.rms_norm_eps, name="norm")(x)
         if cache is not None and stacks is not None:
             cache = cache._replace(keys=stacks[0], values=stacks[1])

@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from trainjax.derivatives import own_gradient
+
 Query = Float[Array, "batch seq heads dim"]
 KeyValue = Float[Array, "batch seq kv_heads dim"]
 
@@ -151,7 +153,7 @@ def _heads_first(x: KeyValue) -> Float[Array, "batch kv_heads seq dim"]:
     return rearrange(x, "batch seq kv_heads dim -> batch kv_heads seq dim")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@own_gradient(nondiff_argnums=(0,))
 def _blocked(blocks: _Blocks, q, k, v, segments, prefix):
     return _blocked_fwd(blocks, q, k, v, segments, prefix)[0]
 

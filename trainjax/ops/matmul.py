@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from trainjax.derivatives import own_gradient
+from trainjax.ops import fp8
 from trainjax.types import Weight
 
 
@@ -28,9 +30,19 @@ def _is_narrow(x: Array) -> bool:
     return jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16
 
 
+_products = jax.make_user_context("as they are")
+
+
+def products(*, in_fp8: bool) -> Any:
+    """A context in which `matmul` by an array is of 8-bit floats; see `ops.fp8`."""
+    return _products("fp8" if in_fp8 else "as they are")
+
+
 def matmul(x: Float[Array, "rows in"], w: Array | Weight) -> Float[Array, "rows out"]:
     """`x @ w` in x's dtype, for a matrix or what stands for one."""
     if isinstance(w, jax.Array):
+        if _products.value == "fp8":
+            return fp8.product(x, w)
         return _matmul(x, w) if _is_narrow(x) else x @ w.astype(x.dtype)
     return x @ w
 
@@ -47,7 +59,7 @@ def through(
     return w.through(product, x) if isinstance(w, Weight) else product(x, w.astype(x.dtype))
 
 
-@jax.custom_vjp
+@own_gradient()
 def _matmul(x: Array, w: Array) -> Array:
     """Its gradients are `dot`s too; those of a product that is cast afterwards would be of float32.
 
@@ -68,7 +80,7 @@ def _matmul_bwd(residuals: Any, g: Array) -> tuple[Array, Array]:
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-@jax.custom_vjp
+@own_gradient()
 def low_rank(
     x: Float[Array, "rows in"], a: Float[Array, "in rank"], b: Float[Array, "rank out"]
 ) -> Float[Array, "rows out"]:

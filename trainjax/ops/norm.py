@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from trainjax.derivatives import own_gradient
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+
+@own_gradient(nondiff_argnums=(2,))
 def rms_norm(
     x: Float[Array, "*rows embed"], scale: Float[Array, " embed"], epsilon: float = 1e-5
 ) -> Float[Array, "*rows embed"]:

@@ -21,6 +21,7 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
+from trainjax.derivatives import is_any_order, own_gradient
 from trainjax.ops.head import (
     Head,
     Tied,
@@ -144,8 +145,10 @@ def _mean_logit(x: Float[Array, "batch seq embed"], head: Head) -> Float[Array, 
     return x.astype(jnp.float32) @ row
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@own_gradient(nondiff_argnums=(0,))
 def _chunked(static: _Static, x, head, targets, num_chunks):
+    if is_any_order():  # every chunk, so that their number is known
+        num_chunks = x.shape[1] // static.chunk
     return _forward(static, x, head, targets, num_chunks, with_rows=False)[0]
 
 
@@ -264,6 +267,7 @@ def _forward(static: _Static, x, head, targets, num_chunks, *, with_rows: bool):
     if with_rows:
         vectors = jnp.zeros((groups, tokens, embed), jnp.float32)
         jacobians = _Rows(vectors, vectors if extras.entropy else None)
+    one_chunk = jax.checkpoint(one_chunk) if is_any_order() else one_chunk
     return lax.fori_loop(0, num_chunks, one_chunk, (stats, jacobians))
 
 

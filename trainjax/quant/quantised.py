@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
+from trainjax.derivatives import own_gradient
 from trainjax.ops.matmul import dot
 from trainjax.types import Weight
 
@@ -50,7 +51,7 @@ class Quantised(Weight):
         return NamedSharding(sharding.mesh, _turned(sharding, len(self.shape)))
 
 
-@jax.custom_vjp
+@own_gradient()
 def product(x: Float[Array, "rows in"], w: Quantised) -> Float[Array, "rows out"]:
     """`x @ w` in x's dtype. Each pass dequantises anew, so that nothing dense is kept between them.
 

@@ -18,13 +18,18 @@ from trainjax.models import Model, load
 from trainjax.nn import remat
 from trainjax.types import Params, Peft
 
-DTYPES: Mapping[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES: Mapping[str, Any] = {
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "float16": jnp.float16,
+}
 PACKING: Mapping[str, data.Pack] = {"best-fit": data.best_fit, "none": data.unpacked}
 TOO_LONG = {"truncate": data.truncate, "drop": data.drop, "error": data.refuse}
 REMAT = {
     "full": remat.full,
     "attention": remat.attention,
     "projections": remat.projections,
+    "offloaded": remat.offloaded,
     "none": None,
 }
 BASE_FORMATS: Mapping[str, quant.Format] = {
@@ -36,10 +41,11 @@ BASE_FORMATS: Mapping[str, quant.Format] = {
 }
 WEIGHTS = {"token": data.token_mean, "sequence": data.sequence_mean}
 
-DtypeName = Literal["float32", "bfloat16"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+ParamDtypeName = Literal["float32", "bfloat16"]
 PackingName = Literal["best-fit", "none"]
 TooLongName = Literal["truncate", "drop", "error"]
-RematName = Literal["full", "attention", "projections", "none"]
+RematName = Literal["full", "attention", "projections", "offloaded", "none"]
 BaseFormatName = Literal["nf4", "nf4-single", "int8", "fp8", "stored"]
 
 
