@@ -96,7 +96,9 @@ class Policy:
             return self.base
         if self.peft is None:
             return params
-        return self.peft.attach(self.base, params, key)
+        # Methods are written for float32; an adapter may be kept in bfloat16 between steps.
+        wide = jax.tree.map(tree.wide, tree.trainable(params))
+        return self.peft.attach(self.base, tree.with_trained(params, wide), key)
 
     def hidden(
         self, params: Params | None, batch: Batch, key: PRNGKeyArray | None = None

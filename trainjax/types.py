@@ -271,6 +271,34 @@ class _Prefix:
         return value, {f"{self.name}/{key}": metric for key, metric in metrics.items()}
 
 
+class Objective(NamedTuple):
+    """What an optimizer may ask of a training step beyond the gradient: `objective` of its update.
+
+    Everything is of the step's whole batch, over all devices and micro-batches; one micro-batch's worth is in
+    memory at a time.
+
+    Attributes:
+        loss: `(trained, batch, key) -> (scalar, metrics)`, the step's loss of what trains.
+        bind: `(loss) -> function` of the same kind, for another loss, such as one on drawn labels.
+        total: `(fn) -> tree`: `fn(batch, key)` added up over the micro-batches. Every call hands them
+            the same keys, so that two calls see the same dropout.
+        key: of the step, for what the optimizer draws itself.
+    """
+
+    loss: Callable[..., tuple[Array, Metrics]]
+    bind: Callable[[Loss], Callable[..., tuple[Array, Metrics]]]
+    total: Callable[[Callable[[Batch, PRNGKeyArray], Any]], Any]
+    key: PRNGKeyArray
+
+    def value(self, trained: Params) -> Array:
+        """The loss of the whole batch."""
+        return self.total(lambda batch, key: self.loss(trained, batch, key)[0])
+
+
+Gradient = Callable[[Objective, Params], tuple[Params, Metrics]]
+"""`(objective, trained) -> (gradient, metrics)`, of which one is `loss`: how a step comes by its gradient."""
+
+
 @pytree
 class Blocks:
     """A matrix as a file holds it: numbers in blocks along the inputs, of so many bytes each.

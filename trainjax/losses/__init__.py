@@ -12,6 +12,7 @@ from trainjax.losses.continual import (
     pooled,
     reg_lora,
 )
+from trainjax.losses.drawn import drawn
 from trainjax.losses.kto import kto
 from trainjax.losses.policy import cispo, grpo, gspo, ppo, reinforce
 from trainjax.losses.preference import dpo, pairwise
@@ -38,6 +39,7 @@ __all__ = [
     "dco",
     "dft",
     "dpo",
+    "drawn",
     "ensemble",
     "ewc",
     "grpo",

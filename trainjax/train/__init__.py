@@ -4,7 +4,7 @@ from trainjax.train.checkpoint import Checkpoints
 from trainjax.train.combiners import Combiner, cagrad, gradnorm, mgda, pcgrad
 from trainjax.train.fit import NotFinite, Stopped, evaluator, fit
 from trainjax.train.state import TrainState, init
-from trainjax.train.step import make_step
+from trainjax.train.step import backpropagation, make_step
 
 __all__ = [
     "Checkpoints",
@@ -12,6 +12,7 @@ __all__ = [
     "NotFinite",
     "Stopped",
     "TrainState",
+    "backpropagation",
     "cagrad",
     "evaluator",
     "fit",

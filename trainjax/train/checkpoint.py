@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,11 +81,15 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
-    def restore(self, state: TrainState) -> Restored | None:
+    def restore(
+        self, state: TrainState, accept: Callable[[dict[str, Any]], None] = lambda extra: None
+    ) -> Restored | None:
         """The newest sound checkpoint, laid out like `state`; None if there is none at all.
 
         Args:
             state: a fresh state: says which arrays are expected, and where they go.
+            accept: sees what was saved beside the state, before anything else is read, and raises where
+                the checkpoint is of another run.
 
         Raises:
             ValueError: there are checkpoints, but none is sound, or the newest sound one holds other
@@ -100,6 +104,7 @@ class Checkpoints:
                 )
                 damaged.append(step)
                 continue
+            accept(self._extra(step))
             self._check_structure(step, state)
             self._put_aside(damaged)
             return self._read(step, state)
@@ -134,6 +139,10 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
+
+    def _extra(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args).extra
 
     def _read(self, step: int, state: TrainState) -> Restored:
         items = ocp.args.Composite(

@@ -62,6 +62,7 @@ def fit(
     save_every: int = 0,
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
     eval_every: int = 0,
+    evaluated: Callable[[TrainState], Params] = lambda state: state.params,
     settings: Mapping[str, Any] | None = None,
     derived: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record,
     num_tokens: int = 0,
@@ -82,6 +83,7 @@ def fit(
         save_every: steps between checkpoints; 0 for one at the end.
         evaluate: `(params) -> metrics`, run every `eval_every` steps and at the end.
         eval_every: steps between evaluations; 0 for one at the end.
+        evaluated: what is evaluated of a state, such as the average that an optimizer keeps.
         settings: JSON that goes into checkpoints, to be compared on resuming.
         derived: adds to a record what the loop cannot know: learning rate, MFU.
         num_tokens: tokens seen before.
@@ -110,7 +112,7 @@ def fit(
             if last or due(save_every) or due(eval_every):
                 report.flush()
             if evaluate is not None and (number == steps or due(eval_every)):
-                report.add(number, evaluate(state.params))
+                report.add(number, evaluate(evaluated(state)))
             if last or due(save_every):
                 save(state)
             if received:

@@ -77,9 +77,14 @@ def init(
 
 
 def _without_aliases(opt_state: Any, params: Params) -> Any:
-    """Copies of what an optimizer took over from the params; no buffer may be donated twice."""
+    """Copies of what an optimizer took over from the params or has twice; no buffer may be donated twice."""
     taken = {id(leaf) for leaf in jax.tree.leaves(params)}
-    return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in taken else leaf, opt_state)
+    leaves, structure = jax.tree.flatten(opt_state)
+    for place, leaf in enumerate(leaves):
+        if id(leaf) in taken:
+            leaves[place] = jnp.copy(leaf)
+        taken.add(id(leaf))
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _committed(state: TrainState) -> TrainState:
@@ -92,7 +97,10 @@ def _committed(state: TrainState) -> TrainState:
     layouts = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
     mesh = next((layout.mesh for layout in layouts if isinstance(layout, NamedSharding)), None)
     if mesh is None:
-        return jax.device_put(state, layouts[0]) if layouts else state
+        # An offloaded state stays in the memory that it is in.
+        return jax.tree.map(
+            lambda x: jax.device_put(x, layouts[0].with_memory_kind(x.sharding.memory_kind)), state
+        )
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf: Array) -> Array:

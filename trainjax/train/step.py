@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,16 +16,33 @@ from jaxtyping import Array
 from trainjax import platform, sharing, tree
 from trainjax.train.combiners import Combiner
 from trainjax.train.state import TrainState, join_opt_state, split_opt_state
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import Batch, Gradient, Loss, Metrics, Objective, Params
 
 Losses = Loss | dict[str, Loss]
-Step = Callable[[TrainState, Losses, Batch], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
+"""`(state, loss, batch, **extra) -> (state, metrics)`."""
+
+
+def backpropagation(objective: Objective, trained: Params) -> tuple[Params, Metrics]:
+    """The gradient of the loss: what a step descends along if it is told nothing else."""
+
+    def one(batch: Batch, key: Any) -> tuple[Params, Metrics]:
+        (value, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
+            trained, batch, key
+        )
+        return grads, metrics | {"loss": value}
+
+    return objective.total(one)
 
 
 def make_step(
-    tx: optax.GradientTransformation, *, accumulate: int = 1, combine: Combiner | None = None
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    combine: Combiner | None = None,
+    gradient: Gradient = backpropagation,
 ) -> Step:
-    """The jitted `step(state, loss, batch) -> (state, metrics)`; the state is donated.
+    """The jitted `step(state, loss, batch, **extra) -> (state, metrics)`; the state is donated.
 
     The batch is cut into `accumulate` micro-batches whose gradients are added. Its weights are
     normalised over the whole batch, so the result does not depend on the number. The loss is an
@@ -41,12 +58,20 @@ def make_step(
     Metrics, all on the device: the loss's own, `loss`, `grad_norm` (global norm before the
     optimizer's clipping), and `is_finite`. Where loss or gradients are not finite the params and the
     optimizer state stay as they were, so that a run can stop on good weights. Of several tasks, each
-    has its metrics and its loss under its name (`maths/loss`), and `loss` is their sum.
+    has its metrics and its loss under its name (`maths/loss`), and `loss` is their sum. An optimizer
+    whose state has a field `metrics`, a dict of scalars, has them reported too. Of one whose state has a
+    `scale_of_loss` (`optim.with_loss_scale`) the gradient is computed of the loss times that, and a step
+    that overflows is skipped.
+
+    An optimizer that takes extra arguments gets `value`, the loss; `objective`, through which it can
+    evaluate the loss or its derivatives elsewhere; and whatever `extra` the step is called with, such as
+    `curvature`, another loss. These are inputs of the program as the loss is.
 
     Args:
         tx: an Optax chain.
         accumulate: number of micro-batches; it divides the rows of the batch.
         combine: makes one gradient of those of several tasks; see `trainjax.train.combiners`.
+        gradient: how the gradient of one loss is found, or what is descended along in its place.
 
     Raises:
         ValueError: rows that `accumulate` does not divide, or an `accumulate` below 1; a dict of
@@ -54,34 +79,81 @@ def make_step(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}: a batch is at least one micro-batch")
+    tx = optax.with_extra_args_support(tx)
 
-    def step(state: TrainState, loss: Losses, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, loss: Losses, batch: Batch, extra: Mapping[str, Any]
+    ) -> tuple[TrainState, Metrics]:
         _check(loss, batch, combine)
         key = jax.random.fold_in(state.key, state.step)
         optimizer, combiner = split_opt_state(state.opt_state)
         trained = tree.trainable(state.params)
-        grads, metrics = _gradients(loss, state.params, state.step, batch, key, accumulate)
-        if combine is not None:
+        batch = {**batch, "step": state.step}
+
+        def total(fn: Callable[[Batch, Any], Any]) -> Any:
+            return _over_micro_batches(fn, batch, key, accumulate)
+
+        def bind(loss: Loss) -> Any:
+            return lambda trained, *rest: loss(tree.with_trained(state.params, trained), *rest)
+
+        scale = optax.tree.get(optimizer, "scale_of_loss")
+        if isinstance(loss, Loss):
+            objective = Objective(bind(loss), bind, total, tree.key_for(key, "optimizer"))
+            extra = {"objective": objective, **extra}
+            grads, metrics = _scaled(gradient, scale)(objective, trained)
+        elif combine is not None:
+            grads, metrics = total(functools.partial(_of_each, loss, state.params))
             values = {name: metrics[f"{name}/loss"] for name in grads}
             key = tree.key_for(key, "combine")
             grads, combiner, more = combine.update(grads, values, combiner, key)
             metrics |= more
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        if scale is not None:  # the optimizer skips the step and takes a smaller one
+            is_finite |= scale > 1
         with jax.numpy_dtype_promotion("standard"):  # Optax counts on it (float ** int)
-            updates, optimizer = tx.update(grads, optimizer, trained)
+            updates, optimizer = tx.update(
+                grads, optimizer, trained, value=metrics["loss"], **extra
+            )
+            new_params = optax.apply_updates(trained, updates)
         opt_state = join_opt_state(optimizer, combiner)
         keep = lambda new, old: jnp.where(is_finite, new, old)  # noqa: E731
-        params = jax.tree.map(keep, optax.apply_updates(trained, updates), trained)
+        params = jax.tree.map(keep, new_params, trained)
         new = TrainState(
             step=state.step + 1,
             params=tree.with_trained(state.params, params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             key=state.key,
         )
-        return new, metrics | {"grad_norm": grad_norm, "is_finite": is_finite}
+        metrics |= _reported(optimizer) | {"grad_norm": grad_norm, "is_finite": is_finite}
+        return new, metrics
 
-    return _with_fixed_layout(step)
+    return with_fixed_layout(step)
+
+
+def _scaled(gradient: Gradient, scale: Array | None) -> Gradient:
+    """The same gradient, computed of `scale * loss`: numbers that float16 can hold."""
+    if scale is None:
+        return gradient
+
+    def of_scaled(objective: Objective, trained: Params) -> tuple[Params, Metrics]:
+        def loss(*args: Any) -> tuple[Array, Metrics]:
+            value, metrics = objective.loss(*args)
+            return value * scale, metrics
+
+        grads, metrics = gradient(objective._replace(loss=loss), trained)
+        grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
+        return grads, metrics | {"loss": metrics["loss"] / scale}
+
+    return of_scaled
+
+
+def _reported(opt_state: Any) -> Metrics:
+    """What the parts of an optimizer's state report of themselves."""
+    found: Metrics = {}
+    for _, metrics in optax.tree.get_all_with_path(opt_state, "metrics"):
+        found |= metrics
+    return found
 
 
 def _check(loss: Losses, batch: Batch, combine: Combiner | None) -> None:
@@ -95,21 +167,20 @@ def _check(loss: Losses, batch: Batch, combine: Combiner | None) -> None:
         raise ValueError("the batch's key 'step' is the optimizer step's number; rename yours")
 
 
-def _gradients(
-    loss: Losses, params: Params, number: Array, batch: Batch, key: Any, accumulate: int
-) -> tuple[Any, Metrics]:
-    """The gradient, or the gradients by task, and the metrics, added over micro-batches."""
-
-    def one(batch: Batch, key: Any) -> tuple[Any, Metrics]:
-        batch = {**batch, "step": number}
-        if isinstance(loss, Loss):
-            return _of_one(loss, params, batch, key)
-        return _of_each(loss, params, batch, key)
-
+def _over_micro_batches(
+    fn: Callable[[Batch, Any], Any], batch: Batch, key: Any, accumulate: int
+) -> Any:
+    """The sum of what the function gives for each micro-batch, with a key of its own."""
+    number = {"step": batch["step"]}
     if accumulate == 1:
-        return one(batch, key)
-    micro = jax.tree.map(lambda x: _split(x, accumulate), batch)
+        return fn(batch, key)
+    rows = {name: value for name, value in batch.items() if name != "step"}
+    micro = jax.tree.map(lambda x: _split(x, accumulate), rows)
     keys = jax.random.split(key, accumulate)
+
+    def one(part: Batch, key: Any) -> Any:
+        return fn({**part, **number}, key)
+
     first = jax.tree.map(lambda x: x[0], micro)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, keys[0]))
 
@@ -149,7 +220,7 @@ def _split(x: Array, parts: int) -> Array:
     return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
 
-def _with_fixed_layout(step: Step) -> Step:
+def with_fixed_layout(step: Callable[..., tuple[TrainState, Metrics]]) -> Step:
     """Jits the step so that the new state is laid out over devices exactly as the old one.
 
     Left to itself the compiler may choose another layout for some output, and the second call would
@@ -160,7 +231,8 @@ def _with_fixed_layout(step: Step) -> Step:
     def program(restore: sharing.Restore, layout: Any) -> Any:
         @functools.wraps(step)
         def of_arrays(state: TrainState, arrays: list[Any], batch: Batch) -> Any:
-            return step(state, restore(arrays), batch)
+            loss, extra = restore(arrays)
+            return step(state, loss, batch, extra)
 
         return jax.jit(
             of_arrays,
@@ -169,10 +241,12 @@ def _with_fixed_layout(step: Step) -> Step:
             compiler_options=platform.compiler_options(),
         )
 
-    def run(state: TrainState, loss: Losses, batch: Batch) -> tuple[TrainState, Metrics]:
+    def run(
+        state: TrainState, loss: Losses, batch: Batch, **extra: Any
+    ) -> tuple[TrainState, Metrics]:
         layout = jax.tree.map(lambda leaf: leaf.sharding, state)
         places, structure = jax.tree.flatten(layout)
-        arrays, restore = sharing.distinct(loss)
+        arrays, restore = sharing.distinct((loss, extra))
         key = structure, tuple(places), tuple(x.shape for x in jax.tree.leaves(batch)), restore
         if key not in programs:
             programs[key] = program(restore, layout)
