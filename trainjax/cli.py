@@ -158,10 +158,10 @@ def _check(flags: Sequence[str], options: Mapping[str, Any]) -> list[str]:
                 raise ValueError(f"--{name} needs a value: {_kind(options[name])}")
             value = rest.popleft()
         if not _fits(value, options[name]):
-            raise ValueError(f"--{name} is {_kind(options[name])}, not {value!r}")
+            raise ValueError(f"--{name} is {_wrong(value, options[name])}")
         while _is_list(options[name]) and rest and not rest[0].startswith("--"):
             if not _fits(value := rest.popleft(), options[name]):
-                raise ValueError(f"--{name} is {_kind(options[name])}, not {value!r}")
+                raise ValueError(f"--{name} is {_wrong(value, options[name])}")
     return words
 
 
@@ -203,6 +203,14 @@ def _kind(type_: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(typing.get_args(kind))}"
     return _KINDS[kind]
+
+
+def _wrong(value: str, type_: Any) -> str:
+    """What an option takes, and not the value that was given."""
+    kind, _ = _without_none(type_)
+    kind = _item(kind) if _is_list(kind) else kind
+    known = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    return f"{_kind(type_)}, not {value!r}{_nearest(str(value), known)}"
 
 
 def _fits(value: str, type_: Any) -> bool:
@@ -265,7 +273,7 @@ def _from_yaml(path: Path, options: Mapping[str, Any]) -> list[str]:
         elif _is_list(options[name]) and isinstance(value, list):
             flags += [f"--{name}", *map(str, value)] if value else []  # checked with the flags
         elif isinstance(value, list) or not _fits(str(value), options[name]):
-            raise ValueError(f"{path}: {key} is {_kind(options[name])}, not {value!r}")
+            raise ValueError(f"{path}: {key} is {_wrong(value, options[name])}")
         else:
             flags.append(f"--{name}={value}")
     return flags

@@ -20,7 +20,9 @@ from trainjax.nn import flops_per_token
 from trainjax.policies import Policy, policy
 from trainjax.recipes import _common as common
 from trainjax.recipes._common import MeshConfig, PeftConfig, say
+from trainjax.recipes._optim import OptimConfig, ScheduleConfig
 from trainjax.train import metrics
+from trainjax.train.step import Step
 from trainjax.types import Loss, Params, Peft
 
 
@@ -39,11 +41,13 @@ class StepConfig:
     max_length: int = 512
     """Tokens of a row; longer examples are handled by --too-long."""
     learning_rate: float = 2e-4
-    """Peak of the schedule: linear warm-up, then a cosine to zero."""
+    """Peak of the schedule."""
     warmup: float = 0.03
-    """Warm-up in steps, or below 1 a fraction of them."""
+    """Linear warm-up in steps, or below 1 a fraction of them."""
+    schedule: ScheduleConfig = ScheduleConfig()
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Decoupled, times the learning rate."""
+    optim: OptimConfig = OptimConfig()
     clip: float = 1.0
     """Largest global norm of the gradients."""
     accumulate: int = 1
@@ -53,6 +57,10 @@ class StepConfig:
     """Train every weight instead of an adapter."""
     dtype: common.DtypeName | None = None
     """Of frozen weights and arithmetic; by default as stored, and what the platform is fast at."""
+    param_dtype: common.ParamDtypeName = "float32"
+    """Of what trains; bfloat16 halves its memory, and its updates are rounded stochastically."""
+    fp8: bool = False
+    """Multiply 8-bit floats in the layers, where the platform has such products."""
     base_format: common.BaseFormatName | None = None
     """Keep the frozen matrices of the layers in 4 or 8 bits; stored is as a .gguf file has them."""
     packing: common.PackingName = "best-fit"
@@ -77,18 +85,28 @@ class StepConfig:
         """The adapter's functions; None where every weight trains."""
         return None if self.full else self.peft.method()
 
-    def schedule(self, steps: int) -> optax.Schedule:
+    def rates(self, steps: int) -> optax.Schedule:
         """The learning rate at each of so many steps."""
-        return optim.warmup_cosine(self.learning_rate, steps, self.warmup)
+        return self.schedule.schedule(self.learning_rate, steps, self.warmup)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Of so many steps, with the method's own part around it."""
+        """Of so many steps, with the method's own part and what the dtypes need around it."""
         method = self.adapter()
-        tx = optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(self.schedule(steps), weight_decay=self.weight_decay),
+        tx = self.optim.chain(self.rates(steps), self.weight_decay, self.clip)
+        if method is not None and method.transform is not None:
+            tx = method.transform(steps, tx)
+        if self.dtype == "float16":
+            tx = optim.with_loss_scale(tx)
+        return (
+            tx if self.param_dtype == "float32" else optim.with_stochastic_rounding(tx, self.seed)
         )
-        return tx if method is None or method.transform is None else method.transform(steps, tx)
+
+    def step(self, tx: optax.GradientTransformation, model: Model) -> Step:
+        """The jitted step; `config.optim` may want a loss on drawn labels beside the run's own."""
+        step = train.make_step(tx, accumulate=self.accumulate, gradient=self.optim.gradient_of())
+        if not self.optim.wants_curvature():
+            return step
+        return functools.partial(step, curvature=losses.drawn(policy(model, self.adapter())))
 
     def plan(self, length: int) -> data.Plan:
         """How examples become batches of rows of this length."""
@@ -114,7 +132,7 @@ class StepConfig:
         )
         if model.tokenizer is None:
             raise ValueError(f"{self.model} has no tokenizer")
-        return model
+        return model.with_fp8() if self.fp8 else model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +155,8 @@ Prepare = Callable[[Model, str, data.Examples], data.Examples]
 
 SAME = (  # what must be equal for a resumed run to be the same run
     *("batch_size", "max_length", "packing", "template", "too_long", "seed", "dtype", "accumulate"),
-    *("learning_rate", "warmup", "weight_decay", "clip", "full", "peft", "base_format"),
+    *("learning_rate", "warmup", "schedule", "weight_decay", "optim", "clip"),
+    *("full", "peft", "base_format", "param_dtype", "fp8"),
 )
 
 
@@ -172,7 +191,7 @@ def run(
     same: Sequence[str] = SAME,
 ) -> None:
     """Trains a language model, whole or by an adapter; see `Job` and `run_job`."""
-    first, save = (functools.partial(f, config) for f in (_first_params, _save))
+    first, save = (functools.partial(f, config) for f in (first_params, _save))
 
     def loss(model: Model) -> Loss:
         return with_penalty(loss_of(model), policy(model, config.adapter()))
@@ -210,7 +229,12 @@ def run_job(config: TrainConfig, job: Job) -> None:
     steps = len(plan.epoch(examples, 0)) if config.steps is None else config.steps
     if steps < 1:
         raise ValueError(f"steps={steps}: a run has at least one")
-    tx, schedule = config.optimizer(steps), config.schedule(steps)
+    if config.optim.wants_curvature() and not job.tells_tokens:
+        raise ValueError(
+            "--optim.name sophia_g draws labels from a language model, which this job's loss is not; "
+            "sophia_h takes any loss"
+        )
+    tx, schedule = config.optimizer(steps), config.rates(steps)
     loss = job.loss_of(model)
     state = train.init(job.first_params(model), tx, config.seed)
     if config.full:
@@ -223,7 +247,7 @@ def run_job(config: TrainConfig, job: Job) -> None:
     with contextlib.closing(train.Checkpoints(config.out / "checkpoints", config.keep)) as saved:
         state, num_tokens = resumed(state, saved, loader, shared, wanted=config.resume)
         common.save_config(config, config.out / "config.yaml")
-        step = train.make_step(tx, accumulate=config.accumulate)
+        step = config.step(tx, model)
         with sinks(config.out, steps, int(state.step), config.tensorboard, config.wandb) as to:
             state = train.fit(
                 state,
@@ -236,6 +260,7 @@ def run_job(config: TrainConfig, job: Job) -> None:
                 save_every=config.save_every,
                 evaluate=evaluate,
                 eval_every=config.eval_every,
+                evaluated=evaluated,
                 settings=shared,
                 derived=rates(
                     model,
@@ -247,7 +272,13 @@ def run_job(config: TrainConfig, job: Job) -> None:
                 ),
                 num_tokens=num_tokens,
             )
-    job.save(model, state.params)
+    job.save(model, evaluated(state))
+
+
+def evaluated(state: train.TrainState) -> Params:
+    """The params of a state, or the average of them that its optimizer keeps."""
+    trained = optim.eval_params(state.opt_state, tree.trainable(state.params))
+    return tree.with_trained(state.params, trained)
 
 
 def with_penalty(loss: Loss, policy: Policy, part: str | None = None) -> Loss:
@@ -264,11 +295,14 @@ def with_penalty(loss: Loss, policy: Policy, part: str | None = None) -> Loss:
     return loss + (own if part is None else losses.at(part, own))
 
 
-def _first_params(config: TrainConfig, model: Model) -> Params:
+def first_params(config: StepConfig, model: Model) -> Params:
+    """What trains, before the first step."""
     method = config.adapter()
     if method is None:
-        return tree.cast(model.params, jnp.float32)
-    return method.init(jax.random.key(config.seed), model.params)
+        params = tree.cast(model.params, jnp.float32)
+    else:
+        params = method.init(jax.random.key(config.seed), model.params)
+    return tree.cast(params, common.DTYPES[config.param_dtype])
 
 
 def _save(config: TrainConfig, model: Model, params: Params) -> None:
@@ -310,18 +344,21 @@ def resumed(
     Raises:
         ValueError: the checkpoint is of a run with other settings; both values are named.
     """
-    found = saved.restore(state) if wanted else None
+
+    def accept(extra: Mapping[str, Any]) -> None:
+        before = extra["settings"]
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"the run in {saved.directory.parent} had {name}={before.get(name)!r}, now it is "
+                    f"{value!r}; resume with the same, or start another run with another --out"
+                )
+
+    found = saved.restore(state, accept) if wanted else None
     if found is None:
         if wanted:
             say(f"no checkpoint in {saved.directory}: starting from the beginning")
         return state, 0
-    before = found.extra["settings"]
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"the run in {saved.directory.parent} had {name}={before.get(name)!r}, now it is "
-                f"{value!r}; resume with the same, or start another run with another --out"
-            )
     loader.set_state(found.extra["batches"])
     say(f"resuming after step {found.step}")
     return found.state, found.extra["num_tokens"]
