@@ -1,5 +1,6 @@
 """Optimizers and schedules: Optax's own wherever it has them."""
 
+from trainjax.optim import compression, norm_test, population
 from trainjax.optim.average import AverageState, average_params
 from trainjax.optim.chain import Chain, chain, clip_by_layer_norm, decayed
 from trainjax.optim.contrib import eval_params, muon, prodigy, schedule_free, sharpness_aware
@@ -52,6 +53,7 @@ __all__ = [
     "average_params",
     "chain",
     "clip_by_layer_norm",
+    "compression",
     "constant",
     "cosine_restarts",
     "decayed",
@@ -69,9 +71,11 @@ __all__ = [
     "linear",
     "lion_8bit",
     "muon",
+    "norm_test",
     "offloaded",
     "one_cycle",
     "polynomial",
+    "population",
     "prodigy",
     "range_test",
     "refined",
