@@ -83,6 +83,29 @@ def test_accumulation_updates_every_so_many_steps_with_the_mean():
         close(found, jax.tree.map(lambda g, rate=rate: -rate * g, GRADS))
 
 
+def test_lion_has_the_values_of_its_authors_implementation():
+    """Three steps of lion-pytorch: rate and decay 0.1, betas 0.9 and 0.99."""
+    tx = chain(Chain(optimizer=optax.lion, learning_rate=0.1, weight_decay=0.1, clip=None))
+    params = jnp.asarray([1.0, -1.0, 2.0])
+    state, path = tx.init(params), []
+    for g in ([0.1, -0.2, 0.3], [-0.5, 0.1, 0.05], [0.2, 0.2, -0.9]):
+        step, state = tx.update(jnp.asarray(g), state, params)
+        params = params + step
+        path.append(params)
+    expected = [[0.89, -0.89, 1.88], [0.9811, -0.9811, 1.7612], [0.871289, -1.071289, 1.843588]]
+    np.testing.assert_allclose(path, expected, rtol=0, atol=1e-6)
+
+
+def test_steps_shrink_on_a_plateau():
+    plateau = {"factor": 0.5, "patience": 2}
+    tx = chain(Chain(optimizer=optax.sgd, learning_rate=1.0, clip=None, plateau=plateau))
+    state, scales = tx.init(PARAMS), []
+    for value in (3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+        found, state = tx.update(GRADS, state, PARAMS, value=value)
+        scales.append(float(-found["norm"]["scale"][3] / 4.0))
+    assert scales == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
+
+
 def test_a_learning_rate_can_be_injected():
     tx = optax.inject_hyperparams(lambda learning_rate: chain(Chain(learning_rate=learning_rate)))
     state = tx(learning_rate=0.1).init(PARAMS)

@@ -34,6 +34,8 @@ class Chain:
         layers: for `groups` over adapters of some layers.
         clip: largest global norm of the gradients; None does not clip.
         clip_layers: largest norm of each matrix's gradient, one by one within a stack of layers.
+        plateau: settings of `optax.contrib.reduce_on_plateau`, such as `{"factor": 0.5, "patience": 20}`: the
+            steps are scaled down where the loss does not fall any more; None does not.
         average: decay of an average of the params, kept beside them; None keeps none.
         accumulate: steps whose gradients are averaged before one update is made; the schedule counts updates.
     """
@@ -46,6 +48,7 @@ class Chain:
     layers: Layers | None = None
     clip: float | None = 1.0
     clip_layers: float | None = None
+    plateau: Mapping[str, Any] | None = None
     average: float | None = None
     accumulate: int = 1
 
@@ -73,6 +76,8 @@ def chain(settings: Chain) -> optax.GradientTransformationExtraArgs:
         parts.append(grouped(make, settings.groups, settings.weight_decay, layers=settings.layers))
     else:
         parts.append(make(settings.weight_decay))
+    if settings.plateau is not None:
+        parts.append(optax.contrib.reduce_on_plateau(**settings.plateau))
     if settings.average is not None:
         parts.append(average_params(settings.average))
     tx = optax.with_extra_args_support(optax.chain(*parts))

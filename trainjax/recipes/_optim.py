@@ -94,6 +94,8 @@ class OptimConfig:
     """Other rates by name, first match first: 'norm|bias weight_decay=0' 'embed learning_rate=0.1' '.*'."""
     clip_layers: float | None = None
     """Largest norm of each matrix's gradient."""
+    plateau: tuple[str, ...] = ()
+    """Smaller steps where the loss does not fall any more: factor=0.5 patience=20 accumulation_size=5."""
     average: float | None = None
     """Decay of an average of what trains, which is then evaluated and saved; 0.999, say."""
     gradient: GradientName = "backpropagation"
@@ -124,9 +126,14 @@ class OptimConfig:
                 layers=layers,
                 clip=clip,
                 clip_layers=self.clip_layers,
+                plateau=self._plateau(),
                 average=self.average,
             )
         )
+
+    def _plateau(self) -> dict[str, Any] | None:
+        make = optax.contrib.reduce_on_plateau
+        return given(make, self.plateau, "the plateau", "--optim.plateau") or None
 
     def gradient_of(self) -> Gradient:
         """How the step comes by its gradient."""
