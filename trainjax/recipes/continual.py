@@ -151,7 +151,7 @@ def _prepared(
             model, config.plan(config.max_length), measured, asked, config.max_new_tokens
         ),
         functools.cache(config.optimizer),  # equal stages are one program
-        functools.cache(functools.partial(train.make_step, accumulate=config.accumulate)),
+        functools.cache(functools.partial(config.step, model=model)),
     )
 
 
@@ -169,6 +169,7 @@ def _learned(run: _Run, kept: parts.Kept, number: int) -> parts.Kept:
     with parts.sinks(config, run.stages, number) as to:
         state = train.fit(state, step, loss, loader, steps=stage.steps, sinks=to)
     batches = functools.partial(parts.single_examples, config, run.model, run.stages, number)
-    task = Learned(number, state.params, state.opt_state, ours, batches)
-    scores = [*kept.scores, run.evaluate(ours, state.params)]
-    return parts.Kept(state.params, method.learned(kept.memory, task), scores)
+    params = training.evaluated(state)
+    task = Learned(number, params, state.opt_state, ours, batches)
+    scores = [*kept.scores, run.evaluate(ours, params)]
+    return parts.Kept(params, method.learned(kept.memory, task), scores)
