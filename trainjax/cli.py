@@ -205,7 +205,7 @@ def _kind(type_: Any) -> str:
     return _KINDS[kind]
 
 
-def _wrong(value: str, type_: Any) -> str:
+def _wrong(value: Any, type_: Any) -> str:
     """What an option takes, and not the value that was given."""
     kind, _ = _without_none(type_)
     kind = _item(kind) if _is_list(kind) else kind

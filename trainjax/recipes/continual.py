@@ -1,4 +1,4 @@
-"""Tasks learned one after another by a method against forgetting, every task measured after each."""
+"""Tasks learned one after another by a method against forgetting, all measured after each."""
 
 from __future__ import annotations
 

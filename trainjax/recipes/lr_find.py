@@ -1,4 +1,4 @@
-"""Find a learning rate: train with one that rises, and see where the loss falls and where it leaves."""
+"""Find a learning rate by training with one that rises."""
 
 from __future__ import annotations
 
