@@ -310,7 +310,8 @@ def same_run(settings: Settings, model: Model, stages: Sequence[Stage]) -> dict[
         if isinstance(value, dict):
             found |= {f"{name}.{key}": part for key, part in value.items()}
         elif name not in apart:
-            found[name] = list(value) if isinstance(value, tuple) else value
+            found[name] = value
+    found = {name: list(x) if isinstance(x, tuple) else x for name, x in found.items()}
     rows = [stage.examples.fingerprint() for stage in stages]
     return {n: v for n, v in found.items() if not n.startswith("mesh.")} | {
         "model": model.fingerprint,
