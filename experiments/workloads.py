@@ -3,6 +3,7 @@
 Both read ../shared/data/{instructions,dialogues}.{train,test}.jsonl.gz.
 """
 
+import argparse
 import functools
 import gzip
 import json
@@ -65,9 +66,9 @@ def _said(row: dict[str, Any]) -> list[str]:
 
 
 def scratch(
-    *, compute_dtype: Any = jnp.float32, remat: Any = None, fp8: bool = False, rows: int = 16
+    *, compute_dtype: Any = jnp.float32, remat: Any = None, fp8: bool = False, rows: int = 8
 ) -> Workload:
-    """A decoder of 0.8 million numbers on bytes of text, 16 rows of 128; held out are 128 other rows."""
+    """A decoder of 0.8 million numbers on bytes of text, 8 rows of 128; held out are 64 other rows."""
     seq = 128
     model = tj.models.random_model(
         SMALL, jax.random.key(0), compute_dtype=compute_dtype, remat=remat
@@ -87,7 +88,7 @@ def scratch(
         while True:
             yield batch(known, rng.integers(0, len(known) - seq, rows))
 
-    fixed = batch(held_out, np.arange(128) * (len(held_out) // 129))
+    fixed = batch(held_out, np.arange(64) * (len(held_out) // 65))
     loss = losses.sft(policy)
     value = jax.jit(lambda loss, params: loss(params, fixed)[0])
     return Workload(
@@ -100,7 +101,8 @@ def scratch(
 
 
 def lora() -> Workload:
-    """LoRA of rank 16 on SmolLM2-135M-Instruct in bfloat16, four rows of up to 192 tokens."""
+    """LoRA of rank 16 on SmolLM2-135M-Instruct in bfloat16, four rows of up to 128 tokens."""
+    length = 128
     model = tj.load("smollm2-135m-instruct", dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
     method = tj.peft.lora()
     policy = tj.policy(model, method)
@@ -109,16 +111,16 @@ def lora() -> Workload:
     def examples(split: str, every: int) -> Any:
         with gzip.open(DATA / f"instructions.{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines][::every]
-        return data.encode(rows, model.tokenizer, 192)
+        return data.encode(rows, model.tokenizer, length)
 
     loss = losses.sft(policy)
-    held_out = lambda: data.one_epoch(examples("test", 16), data.Plan(8, 192))  # noqa: E731
+    held_out = lambda: data.one_epoch(examples("test", 20), data.Plan(8, length))  # noqa: E731
     told = train.evaluator(loss, held_out)
     return Workload(
         loss,
         losses.drawn(policy),
         lambda seed: method.init(jax.random.key(seed), model.params),
-        lambda seed: iter(data.Loader(examples("train", 1), data.Plan(4, 192, seed=seed))),
+        lambda seed: iter(data.Loader(examples("train", 1), data.Plan(4, length, seed=seed))),
         lambda params: told(params)["eval_loss"],
     )
 
@@ -162,10 +164,21 @@ def trained(
     }
 
 
-def needs_data() -> None:
-    """Ends the process with a word where the rows are not there."""
+def arguments(
+    parser: argparse.ArgumentParser, out: str, **defaults: int | None
+) -> argparse.Namespace:
+    """The command line's arguments, with --out and some numbers such as --steps; makes the folder.
+
+    Ends the process with a word where the rows are not there.
+    """
+    parser.add_argument("--out", type=Path, default=Path(out))
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
     if not DATA.exists():
         sys.exit(f"the rows are not at {DATA}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def remembered(

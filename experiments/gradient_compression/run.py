@@ -2,14 +2,13 @@
 
     PYTHONPATH=. python experiments/gradient_compression/run.py --out runs/gradient_compression
 
-Four devices of one process on the CPU; AdamW at 3e-3 for 300 steps, 16 rows of 128 between them. Bytes
+Four devices of one process on the CPU; AdamW at 3e-3 for 200 steps, 8 rows of 128 between them. Bytes
 are what a worker sends to have a gradient summed, whatever the network makes of it. Appends to
 OUT/runs.jsonl, reads what is there; writes OUT/table.md and OUT/gradient_compression.png.
 """
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -61,12 +60,7 @@ def run(work: workloads.Workload, name: str, steps: int, seed: int) -> dict[str,
 def main() -> None:
     """Runs what is not done yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/gradient_compression"))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    workloads.needs_data()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = workloads.arguments(parser, "runs/gradient_compression", steps=200, seeds=3)
     work = workloads.scratch()
     table = "| gradients | held-out loss | MB sent by a worker | less than float32 |\n|---|---|---|---|\n"
     figure = Figure((6.8, 4.0), layout="constrained", dpi=130)

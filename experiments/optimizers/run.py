@@ -8,17 +8,21 @@ In the manner of AlgoPerf: every optimizer has the same number of steps, batches
 rate (others of its settings stay at their defaults), and is then run with the best of them from other seeds.
 The target is the held-out loss that AdamW has after nine tenths of its steps, in the mean over seeds; the
 time to target is the first evaluation at which the mean curve is no higher. The schedule is warm-up, then a
-line to zero at the last step; schedule_free stays up. Both workloads are in experiments/workloads.py.
+line to zero at the last step; schedule_free stays up. Steps are timed by turns at the end. Both workloads are
+in experiments/workloads.py.
 
 Appends a line to OUT/WORKLOAD.jsonl as soon as a run is done and reads those that are there; writes
 OUT/WORKLOAD.md and OUT/WORKLOAD.png.
 """
 
 import argparse
+import functools
 import statistics
-from pathlib import Path
+import time
+from collections.abc import Iterable
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -26,25 +30,35 @@ from experiments import workloads
 from trainjax import optim, train
 from trainjax.recipes._optim import OPTIMIZERS
 
-TRIALS = {  # learning rates of the decoder from scratch; those of LoRA are a third
-    "adamw": (1e-3, 3e-3, 1e-2),
-    "adamw_8bit": (1e-3, 3e-3, 1e-2),
-    "lion": (1e-4, 3e-4, 1e-3),
-    "sophia_g": (1e-3, 3e-3, 1e-2),
-    "sophia_h": (1e-3, 3e-3, 1e-2),
-    "muon": (3e-3, 1e-2, 3e-2),
-    "schedule_free": (3e-3, 1e-2, 3e-2),
-    "fira": (3e-3, 1e-2, 3e-2),
+TRIALS: dict[str, dict[str, tuple[float, ...]]] = {  # learning rates
+    "scratch": {
+        "adamw": (1e-3, 3e-3, 1e-2),
+        "adamw_8bit": (1e-3, 3e-3, 1e-2),
+        "lion": (3e-4, 1e-3, 3e-3),
+        "sophia_g": (1e-3, 3e-3, 1e-2),
+        "sophia_h": (1e-3, 3e-3, 1e-2),
+        "muon": (1e-2, 3e-2, 1e-1),
+        "schedule_free": (1e-3, 3e-3, 1e-2),
+        "fira": (1e-2, 3e-2, 1e-1),
+    },
+    "lora": {
+        "adamw": (3e-4, 1e-3, 3e-3),
+        "adamw_8bit": (3e-4, 1e-3, 3e-3),
+        "lion": (1e-4, 3e-4, 1e-3),
+        "sophia_g": (3e-4, 1e-3, 3e-3),
+        "sophia_h": (3e-4, 1e-3, 3e-3),
+        "muon": (1e-3, 3e-3, 1e-2),
+        "schedule_free": (3e-4, 1e-3, 3e-3),
+        "fira": (3e-4, 1e-3, 3e-3),
+    },
 }
 SETTINGS: dict[str, dict[str, Any]] = {"fira": {"rank": 32, "every": 50}}
-FACTOR = {"scratch": 1.0, "lora": 0.3}
-STEPS = {"scratch": 400, "lora": 60}
-EVERY = {"scratch": 10, "lora": 6}
+STEPS = {"scratch": 400, "lora": 40}
+EVERY = {"scratch": 10, "lora": 4}
 
 
-def one(work: workloads.Workload, name: str, rate: float, seed: int, args: Any) -> dict[str, Any]:
-    """One run; decay is 0.1 and clipping 1 for all."""
-    steps = args.steps or STEPS[args.workload]
+def optimizer(name: str, rate: float, steps: int) -> Any:
+    """Decay is 0.1 and clipping 1 for all."""
     form = optim.constant if name == "schedule_free" else optim.linear
     settings = optim.Chain(
         optimizer=OPTIMIZERS[name],
@@ -52,12 +66,23 @@ def one(work: workloads.Workload, name: str, rate: float, seed: int, args: Any) 
         weight_decay=0.1,
         settings=SETTINGS.get(name, {}),
     )
-    tx = optim.chain(settings)
-    extra = {"curvature": work.curvature} if name == "sophia_g" else {}
-    every = EVERY[args.workload]
-    return workloads.trained(
-        work, tx, train.make_step(tx), steps=steps, every=every, seed=seed, **extra
+    return optim.chain(settings)
+
+
+def one(work: workloads.Workload, name: str, rate: float, seed: int, args: Any) -> dict[str, Any]:
+    """One run, without its records."""
+    steps = args.steps or STEPS[args.workload]
+    tx, every = optimizer(name, rate, steps), EVERY[args.workload]
+    found = workloads.trained(
+        work,
+        tx,
+        train.make_step(tx),
+        steps=steps,
+        every=every,
+        seed=seed,
+        curvature=work.curvature,
     )
+    return {key: value for key, value in found.items() if key != "records"}
 
 
 def all_runs(work: workloads.Workload, args: Any) -> dict[str, list[dict[str, Any]]]:
@@ -65,14 +90,12 @@ def all_runs(work: workloads.Workload, args: Any) -> dict[str, list[dict[str, An
     file, runs = args.out / f"{args.workload}.jsonl", {}
 
     def run(name: str, rate: float, seed: int) -> dict[str, Any]:
-        def make() -> dict[str, Any]:
-            found = one(work, name, rate, seed, args)
-            return {key: value for key, value in found.items() if key != "records"}
-
+        make = functools.partial(one, work, name, rate, seed, args)
         return workloads.remembered(file, {"name": name, "rate": rate, "seed": seed}, make)
 
-    for name in args.only or TRIALS:
-        trials = [run(name, rate * FACTOR[args.workload], 0) for rate in TRIALS[name]]
+    trials_of = TRIALS[args.workload]
+    for name in args.only or trials_of:
+        trials = [run(name, rate, 0) for rate in trials_of[name]]
         longest = max(len(trial["curve"]) for trial in trials)
         whole = [trial for trial in trials if len(trial["curve"]) == longest]
         best = min(whole, key=lambda trial: trial["curve"][-1])
@@ -80,11 +103,28 @@ def all_runs(work: workloads.Workload, args: Any) -> dict[str, list[dict[str, An
     return runs
 
 
-def report(runs: dict[str, list[dict[str, Any]]], args: Any) -> None:
+def times(work: workloads.Workload, names: Iterable[str], rounds: int = 5) -> dict[str, float]:
+    """Seconds of a step by optimizer: the median of rounds in which each does ten steps in its turn."""
+    batch, started = next(work.batches(0)), {}
+    for name in names:
+        tx = optimizer(name, 1e-5, 1000)
+        started[name] = [train.make_step(tx), train.init(work.first(0), tx)]
+    found: dict[str, list[float]] = {name: [] for name in started}
+    for _ in range(rounds + 1):
+        for name, (step, state) in started.items():
+            start = time.perf_counter()
+            for _ in range(10):
+                state, _ = step(state, work.loss, batch, curvature=work.curvature)
+            jax.block_until_ready(state)
+            found[name].append((time.perf_counter() - start) / 10)
+            started[name][1] = state
+    return {name: statistics.median(own[1:]) for name, own in found.items()}
+
+
+def report(runs: dict[str, list[dict[str, Any]]], seconds: dict[str, float], args: Any) -> None:
     """The table and the curves."""
     every = EVERY[args.workload]
     mean = {name: np.mean([run["curve"] for run in own], axis=0) for name, own in runs.items()}
-    seconds = {name: statistics.median(r["seconds"] for r in own) for name, own in runs.items()}
     target = mean["adamw"][int(0.9 * len(mean["adamw"])) - 1]
     first = {name: _first(curve, target, every) for name, curve in mean.items()}
     table = f"Target: a held-out loss of {target:.4f}.\n\n"
@@ -122,15 +162,13 @@ def main() -> None:
     """Runs what is not done yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("workload", choices=("scratch", "lora"))
-    parser.add_argument("--out", type=Path, default=Path("runs/optimizers"))
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", choices=TRIALS)
-    args = parser.parse_args()
-    workloads.needs_data()
-    args.out.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--only", nargs="*", choices=TRIALS["scratch"])
+    parser.add_argument("--runs-only", action="store_true", help="no times, table and curves")
+    args = workloads.arguments(parser, "runs/optimizers", steps=None, seeds=3)
     work = {"scratch": workloads.scratch, "lora": workloads.lora}[args.workload]()
-    report(all_runs(work, args), args)
+    runs = all_runs(work, args)
+    if not args.runs_only:
+        report(runs, times(work, runs), args)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/precision/run.py --out runs/precision
 
-AdamW at 3e-3 for 400 steps, three seeds; memory is arguments and temporaries of the compiled step. Then the
+AdamW at 3e-3 for 300 steps, three seeds; memory is arguments and temporaries of the compiled step. Then the
 same step with everything that `nn.remat` can keep. Appends to OUT/runs.jsonl, reads what is there; writes
 OUT/table.md and OUT/precision.png.
 """
@@ -11,7 +11,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -82,12 +81,7 @@ def remat_table(rounds: int = 9) -> str:
 def main() -> None:
     """Runs what is not done yet, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/precision"))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    workloads.needs_data()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = workloads.arguments(parser, "runs/precision", steps=300, seeds=3)
 
     def run(name: str, seed: int) -> dict[str, Any]:
         def make() -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
     PYTHONPATH=. python experiments/schedules/run.py --out runs/schedules
 
-AdamW for 400 steps at three peaks and, at each form's best, three seeds. "refined" is made of the gradient
+AdamW for 300 steps at three peaks and, at each form's best, three seeds. "refined" is made of the gradient
 norms of the constant run at the same peak, and so costs another run. Appends to OUT/runs.jsonl, reads what
 is there; writes OUT/table.md and OUT/schedules.png.
 """
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,12 +34,7 @@ FORMS: dict[str, Callable[..., optax.Schedule]] = {
 def main() -> None:
     """Runs what is not done yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/schedules"))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    workloads.needs_data()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = workloads.arguments(parser, "runs/schedules", steps=300, seeds=3)
     work, steps = workloads.scratch(), args.steps
 
     def run(name: str, peak: float, seed: int) -> dict[str, Any]:

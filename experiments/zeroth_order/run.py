@@ -10,7 +10,6 @@ OUT/runs.jsonl, reads what is there; writes OUT/table.md and OUT/zeroth_order.pn
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,11 +45,7 @@ def temporaries(work: workloads.Workload, gradient: Gradient) -> float:
 def main() -> None:
     """Runs what is not done yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/zeroth_order"))
-    parser.add_argument("--every", type=int, default=8)
-    args = parser.parse_args()
-    workloads.needs_data()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = workloads.arguments(parser, "runs/zeroth_order", every=8)
     work = workloads.lora()
 
     def run(name: str) -> dict[str, Any]:
