@@ -37,7 +37,7 @@ TRIALS: dict[str, dict[str, tuple[float, ...]]] = {  # learning rates
         "lion": (3e-4, 1e-3, 3e-3),
         "sophia_g": (1e-3, 3e-3, 1e-2),
         "sophia_h": (1e-3, 3e-3, 1e-2),
-        "muon": (1e-2, 3e-2, 1e-1),
+        "muon": (3e-3, 1e-2, 3e-2),
         "schedule_free": (1e-3, 3e-3, 1e-2),
         "fira": (1e-2, 3e-2, 1e-1),
     },
@@ -70,7 +70,7 @@ def optimizer(name: str, rate: float, steps: int) -> Any:
 
 
 def one(work: workloads.Workload, name: str, rate: float, seed: int, args: Any) -> dict[str, Any]:
-    """One run, without its records."""
+    """One run; of Sophia's also the mean share of entries that were clipped."""
     steps = args.steps or STEPS[args.workload]
     tx, every = optimizer(name, rate, steps), EVERY[args.workload]
     found = workloads.trained(
@@ -82,7 +82,8 @@ def one(work: workloads.Workload, name: str, rate: float, seed: int, args: Any) 
         seed=seed,
         curvature=work.curvature,
     )
-    return {key: value for key, value in found.items() if key != "records"}
+    clipped = [record["clipped"] for record in found.pop("records") if "clipped" in record]
+    return found | ({"clipped": float(np.mean(clipped))} if clipped else {})
 
 
 def all_runs(work: workloads.Workload, args: Any) -> dict[str, list[dict[str, Any]]]:
