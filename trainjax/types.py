@@ -184,6 +184,8 @@ class Peft(NamedTuple):
         transform: `(steps, tx) -> optax.GradientTransformation`, the optimizer's whole chain `tx` with
             the method's own part around it, for a run of so many steps (learning rates of its own, a
             budget of ranks, which needs the gradients as well as the updates), or None.
+        layers: `(params) -> numbers`, of a method whose stacks hold some of the base's layers: by name of
+            an adapter's leaf those of its rows, or None for a leaf without; see `optim.grouped`.
     """
 
     init: Callable[[PRNGKeyArray, Params], Params]
@@ -194,6 +196,7 @@ class Peft(NamedTuple):
     transform: (
         Callable[[int, optax.GradientTransformation], optax.GradientTransformation] | None
     ) = None
+    layers: Callable[[Params], Mapping[str, Sequence[int] | None]] | None = None
 
 
 @pytree
@@ -289,10 +292,6 @@ class Objective(NamedTuple):
     bind: Callable[[Loss], Callable[..., tuple[Array, Metrics]]]
     total: Callable[[Callable[[Batch, PRNGKeyArray], Any]], Any]
     key: PRNGKeyArray
-
-    def value(self, trained: Params) -> Array:
-        """The loss of the whole batch."""
-        return self.total(lambda batch, key: self.loss(trained, batch, key)[0])
 
 
 Gradient = Callable[[Objective, Params], tuple[Params, Metrics]]

@@ -42,29 +42,32 @@ TRIALS: dict[str, dict[str, tuple[float, ...]]] = {  # learning rates
         "fira": (1e-2, 3e-2, 1e-1),
     },
     "lora": {
-        "adamw": (3e-4, 1e-3, 3e-3),
-        "adamw_8bit": (3e-4, 1e-3, 3e-3),
+        "adamw": (1e-3, 3e-3, 1e-2),
+        "adamw_8bit": (1e-3, 3e-3, 1e-2),
         "lion": (1e-4, 3e-4, 1e-3),
-        "sophia_g": (3e-4, 1e-3, 3e-3),
-        "sophia_h": (3e-4, 1e-3, 3e-3),
+        "sophia_g": (1e-3, 3e-3, 1e-2),
+        "sophia_h": (1e-3, 3e-3, 1e-2),
         "muon": (1e-3, 3e-3, 1e-2),
-        "schedule_free": (3e-4, 1e-3, 3e-3),
-        "fira": (3e-4, 1e-3, 3e-3),
+        "schedule_free": (1e-3, 3e-3, 1e-2),
+        "fira": (3e-3, 1e-2, 3e-2),
     },
 }
-SETTINGS: dict[str, dict[str, Any]] = {"fira": {"rank": 32, "every": 50}}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "scratch": {"fira": {"rank": 32, "every": 50}},
+    "lora": {"fira": {"rank": 4, "every": 20}},
+}
 STEPS = {"scratch": 400, "lora": 40}
 EVERY = {"scratch": 10, "lora": 4}
 
 
-def optimizer(name: str, rate: float, steps: int) -> Any:
+def optimizer(workload: str, name: str, rate: float, steps: int) -> Any:
     """Decay is 0.1 and clipping 1 for all."""
     form = optim.constant if name == "schedule_free" else optim.linear
     settings = optim.Chain(
         optimizer=OPTIMIZERS[name],
         learning_rate=form(rate, steps, steps // 20),
         weight_decay=0.1,
-        settings=SETTINGS.get(name, {}),
+        settings=SETTINGS[workload].get(name, {}),
     )
     return optim.chain(settings)
 
@@ -72,7 +75,7 @@ def optimizer(name: str, rate: float, steps: int) -> Any:
 def one(work: workloads.Workload, name: str, rate: float, seed: int, args: Any) -> dict[str, Any]:
     """One run; of Sophia's also the mean share of entries that were clipped."""
     steps = args.steps or STEPS[args.workload]
-    tx, every = optimizer(name, rate, steps), EVERY[args.workload]
+    tx, every = optimizer(args.workload, name, rate, steps), EVERY[args.workload]
     found = workloads.trained(
         work,
         tx,
@@ -104,11 +107,13 @@ def all_runs(work: workloads.Workload, args: Any) -> dict[str, list[dict[str, An
     return runs
 
 
-def times(work: workloads.Workload, names: Iterable[str], rounds: int = 5) -> dict[str, float]:
+def times(
+    work: workloads.Workload, workload: str, names: Iterable[str], rounds: int = 5
+) -> dict[str, float]:
     """Seconds of a step by optimizer: the median of rounds in which each does ten steps in its turn."""
     batch, started = next(work.batches(0)), {}
     for name in names:
-        tx = optimizer(name, 1e-5, 1000)
+        tx = optimizer(workload, name, 1e-5, 1000)
         started[name] = [train.make_step(tx), train.init(work.first(0), tx)]
     found: dict[str, list[float]] = {name: [] for name in started}
     for _ in range(rounds + 1):
@@ -169,7 +174,7 @@ def main() -> None:
     work = {"scratch": workloads.scratch, "lora": workloads.lora}[args.workload]()
     runs = all_runs(work, args)
     if not args.runs_only:
-        report(runs, times(work, runs), args)
+        report(runs, times(work, args.workload, runs), args)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def updates(tx, count=1):
     return found, state
 
 
-def close(found, expected):
+def assert_equal(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
 
 
@@ -31,7 +31,7 @@ def test_it_is_the_optax_chain_that_a_user_would_write(optimizer):
         Chain(optimizer=optimizer, learning_rate=0.1, weight_decay=0.3, settings={"b1": 0.8})
     )
     theirs = optax.chain(optax.clip_by_global_norm(1.0), optimizer(0.1, b1=0.8, weight_decay=0.3))
-    close(updates(ours, 3)[0], updates(theirs, 3)[0])
+    assert_equal(updates(ours, 3)[0], updates(theirs, 3)[0])
 
 
 @pytest.mark.parametrize("optimizer", [optax.sgd, optax.radam])
@@ -41,7 +41,7 @@ def test_an_optimizer_without_decay_gets_adamws(optimizer):
     found, _ = updates(ours, 3)
     plain, _ = updates(optimizer(schedule), 3)
     rate = float(schedule(2))
-    close(found, jax.tree.map(lambda u, p: u - rate * 0.3 * p, plain, PARAMS))
+    assert_equal(found, jax.tree.map(lambda u, p: u - rate * 0.3 * p, plain, PARAMS))
 
 
 def test_groups_clip_and_average_come_together():
@@ -80,7 +80,7 @@ def test_accumulation_updates_every_so_many_steps_with_the_mean():
     )
     for count, rate in [(1, 0.0), (2, 1.0), (3, 0.0), (4, 0.5)]:
         found, _ = updates(tx, count)
-        close(found, jax.tree.map(lambda g, rate=rate: -rate * g, GRADS))
+        assert_equal(found, jax.tree.map(lambda g, rate=rate: -rate * g, GRADS))
 
 
 def test_lion_has_the_values_of_its_authors_implementation():

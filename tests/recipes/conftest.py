@@ -19,7 +19,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_sft(model, rows):
-    """Runs `trainjax sft` on the toy and returns the exit status; flags may be overridden.
+    """Runs `trainjax sft` on the toy and returns the exit status; flags may be other ones, or None.
 
     The schedule is part of the program, so tests that need no other one keep these settings.
     """
@@ -35,7 +35,8 @@ def run_sft(model, rows):
             "learning-rate": 1e-2,
             "peft.rank": 4,
         } | {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}
-        args = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        given = {name: value for name, value in settings.items() if value is not None}
+        args = [part for name, value in given.items() for part in (f"--{name}", str(value))]
         return cli.main(["sft", *args, *map(str, flags)])
 
     return run

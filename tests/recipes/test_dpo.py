@@ -47,6 +47,14 @@ def dpo(model, pairs, tmp_path):
     return run
 
 
+def test_an_optimizer_that_draws_labels_is_refused_before_anything_is_written(
+    dpo, tmp_path, capsys
+):
+    assert dpo("--optim.name", "sophia_g") == 1
+    assert "sophia_g estimates the curvature on labels" in capsys.readouterr().err
+    assert dpo("--optim.name", "sophia_h", learning_rate=1e-3, steps=2) == 0
+
+
 def test_a_run_learns_to_prefer_the_chosen_completions(dpo, pairs, tmp_path):
     assert dpo(eval_data=pairs, save_every=3) == 0
     first, *_, last = toy.trace(tmp_path / "run")

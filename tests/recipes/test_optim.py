@@ -67,6 +67,24 @@ def test_groups_freeze_and_scale_by_name(sft, model, tmp_path):
     assert same == expected
 
 
+def test_groups_know_the_layers_of_an_adapter_that_holds_some(sft, tmp_path, capsys):
+    import safetensors.numpy
+
+    flags = ["--peft.name", "partial", "--peft.target", "layers/1/mlp/up/kernel"]
+    small = {"steps": 2, "peft__rank": None}
+    for out, group in {"still": "layers/1/ learning_rate=0", "moved": "layers/1/"}.items():
+        assert sft(*flags, "--optim.groups", group, **small, out=tmp_path / out) == 0
+    still, moved = (
+        safetensors.numpy.load_file(next((tmp_path / name / "adapter").glob("*.safetensors")))
+        for name in ("still", "moved")
+    )
+    (name,) = still
+    assert still[name].shape[0] == 1
+    assert np.abs(moved[name] - still[name]).max() > 0
+    assert sft(*flags, "--optim.groups", "layers/0/", **small, out=tmp_path / "none") == 1
+    assert "no group matches the parameter layers/1/mlp/up/kernel" in capsys.readouterr().err
+
+
 def test_a_resumed_run_with_another_optimizer_is_refused(finished, run_sft, capsys):
     assert run_sft("--resume", "--optim.name", "lion", out=finished) == 1
     assert "had optim.name='adamw', now it is 'lion'" in capsys.readouterr().err

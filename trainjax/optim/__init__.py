@@ -6,7 +6,7 @@ from trainjax.optim.chain import Chain, chain, clip_by_layer_norm, decayed
 from trainjax.optim.contrib import eval_params, muon, prodigy, schedule_free, sharpness_aware
 from trainjax.optim.eight_bit import EightBit, adamw_8bit, in_eight_bits, lion_8bit
 from trainjax.optim.fira import FiraState, fira, galore, scale_by_fira
-from trainjax.optim.groups import Group, grouped
+from trainjax.optim.groups import Group, Layers, grouped
 from trainjax.optim.hft import HalfState, half_fine_tuning
 from trainjax.optim.layerwise import layerwise_decay
 from trainjax.optim.loss_scale import LossScaleState, with_loss_scale
@@ -45,6 +45,7 @@ __all__ = [
     "FiraState",
     "Group",
     "HalfState",
+    "Layers",
     "LossScaleState",
     "RotationState",
     "SophiaState",

@@ -11,9 +11,11 @@ from optax import contrib
 
 from trainjax import tree
 from trainjax.optim.average import AverageState
+from trainjax.optim.settings import settings_of
 from trainjax.types import Gradient, Metrics, Objective, Params
 
 
+@settings_of(contrib.muon, "adam_weight_decay", "muon_weight_dimension_numbers")
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,

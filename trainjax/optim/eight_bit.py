@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, UInt8
 
 from trainjax import tree
+from trainjax.optim.settings import settings_of
 from trainjax.types import Params, pytree, static
 
 _DECADES = 7
@@ -154,6 +155,7 @@ def _block(size: int, most: int) -> int | None:
     return next((n for n in range(min(size, most), 15, -1) if size % n == 0), None)
 
 
+@settings_of(optax.adamw)
 def adamw_8bit(
     learning_rate: optax.ScalarOrSchedule, *, block: int = 256, **settings: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -161,6 +163,7 @@ def adamw_8bit(
     return in_eight_bits(optax.adamw(learning_rate, **settings), block=block)
 
 
+@settings_of(optax.lion)
 def lion_8bit(
     learning_rate: optax.ScalarOrSchedule, *, block: int = 256, **settings: Any
 ) -> optax.GradientTransformationExtraArgs:

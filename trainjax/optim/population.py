@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from trainjax import tree
@@ -105,7 +106,9 @@ def evolved(
     Raises:
         ValueError: an optimizer state without injected hyperparameters; a share as in `parents`.
     """
-    if not isinstance(getattr(opt_state, "hyperparams", None), dict):
+    if not isinstance(
+        opt_state, optax.InjectHyperparamsState | optax.InjectStatefulHyperparamsState
+    ):
         raise ValueError(
             "evolved needs the state of optax.inject_hyperparams(...), whose hyperparams it changes"
         )

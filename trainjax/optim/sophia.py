@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Int
 
 from trainjax import derivatives, tree
+from trainjax.optim.settings import settings_of
 from trainjax.types import Loss, Metrics, Objective, Params
 
 Estimate = Callable[..., Params]
@@ -33,7 +34,9 @@ class SophiaState(NamedTuple):
     metrics: Metrics
 
 
-def gauss_newton(objective: Objective, trained: Params, *, curvature: Loss, **_: Any) -> Params:
+def gauss_newton(
+    objective: Objective, trained: Params, *, curvature: Loss | None = None, **_: Any
+) -> Params:
     """Gauss-Newton-Bartlett: `(sum_t sqrt(w_t) d log p(y_t) / d theta)^2`, labels y drawn from the model.
 
     The expectation over the labels is `sum_t w_t F_t`, the diagonal of the Gauss-Newton matrix of the
@@ -46,8 +49,16 @@ def gauss_newton(objective: Objective, trained: Params, *, curvature: Loss, **_:
         trained: where it is taken.
         curvature: `losses.drawn(policy)`, or another loss whose gradient is the sum above.
 
+    Raises:
+        ValueError: the step was called without it.
+
     Source: Liu et al. 2023, arXiv:2305.14342, algorithm 2.
     """
+    if curvature is None:
+        raise ValueError(
+            "gauss_newton takes a loss on drawn labels: step(state, loss, batch, "
+            "curvature=losses.drawn(policy)); hutchinson (sophia_h) takes any loss"
+        )
     loss = objective.bind(curvature)
 
     def one(batch: Any, key: Any) -> Params:
@@ -104,9 +115,9 @@ def scale_by_sophia(
             raise ValueError(f"{name}={value} is above 0")
 
     def init(params: Params) -> SophiaState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        mu, curvature = (optax.tree.zeros_like(params) for _ in range(2))
         metrics = {"clipped": jnp.zeros((), jnp.float32)}
-        return SophiaState(jnp.zeros((), jnp.int32), zeros, optax.tree.zeros_like(params), metrics)
+        return SophiaState(jnp.zeros((), jnp.int32), mu, curvature, metrics)
 
     def update(
         updates: Params,
@@ -192,11 +203,13 @@ def sophia(
     )
 
 
+@settings_of(sophia, "estimate")
 def sophia_g(learning_rate: optax.ScalarOrSchedule, *, gamma: float = 0.05, **settings: Any) -> Any:
     """`sophia` with `gauss_newton`; the step is called with `curvature=losses.drawn(policy)`."""
     return sophia(learning_rate, gauss_newton, gamma=gamma, **settings)
 
 
+@settings_of(sophia, "estimate")
 def sophia_h(learning_rate: optax.ScalarOrSchedule, *, gamma: float = 0.01, **settings: Any) -> Any:
     """`sophia` with `hutchinson`, of any loss."""
     return sophia(learning_rate, hutchinson, gamma=gamma, **settings)

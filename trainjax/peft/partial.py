@@ -105,7 +105,11 @@ def _numbers(pattern: re.Pattern[str], name: str, shape: tuple[int, ...]) -> tup
 def _method(config: _Config) -> Peft:
     bind = functools.partial
     return Peft(
-        bind(_init, config), bind(_attach, config), bind(_merge, config), bind(_export, config)
+        bind(_init, config),
+        bind(_attach, config),
+        bind(_merge, config),
+        bind(_export, config),
+        layers=bind(trained_layers, config.target),
     )
 
 

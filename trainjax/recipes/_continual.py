@@ -21,13 +21,14 @@ from trainjax.models import Model
 from trainjax.policies import Policy
 from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
+from trainjax.recipes._configs import StepConfig
 from trainjax.recipes._forgetting import ACCURACY, EXACT, LOSS, Scores
 from trainjax.train.metrics import Record, Sink
 from trainjax.types import Batch, Loss, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(training.StepConfig):
+class Settings(StepConfig):
     """The settings of training on task after task."""
 
     def untrained(self, model: Model, number: int) -> Params:

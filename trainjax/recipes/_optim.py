@@ -55,6 +55,8 @@ OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "fira": optim.fira,
     "galore": optim.galore,
 }
+NEED_CURVATURE = {"sophia_g"}
+"""Optimizers whose step is called with a loss on drawn labels."""
 SCHEDULES: Mapping[str, Callable[..., optax.Schedule]] = {
     "cosine": optim.warmup_cosine,
     "linear": optim.linear,
@@ -108,9 +110,15 @@ class OptimConfig:
         learning_rate: optax.ScalarOrSchedule,
         weight_decay: float,
         clip: float,
-        layers: Any = None,
+        layers: optim.Layers | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer's whole chain.
+
+        Args:
+            learning_rate: a rate or a schedule.
+            weight_decay: where no group says otherwise.
+            clip: largest global norm.
+            layers: of an adapter that holds parts for some layers, as its method's `layers` tells them.
 
         Raises:
             ValueError: a setting or a group that is not right.
@@ -142,9 +150,17 @@ class OptimConfig:
             **given(make, self.gradient_settings, self.gradient, "--optim.gradient-settings")
         )
 
-    def wants_curvature(self) -> bool:
-        """Whether the step is to be called with a loss on drawn labels."""
-        return OPTIMIZERS[self.name] is optim.sophia_g
+    def refuse_curvature(self) -> None:
+        """For a job that has none: its loss is not the likelihood of tokens.
+
+        Raises:
+            ValueError: the optimizer needs one.
+        """
+        if self.name in NEED_CURVATURE:
+            raise ValueError(
+                f"--optim.name {self.name} estimates the curvature on labels that the model draws, which "
+                "this job's loss has not; sophia_h takes any loss"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,28 +223,13 @@ _OTHERS = (
     "weight_decay",
     "mask",
     "weight_decay_mask",
-    "estimate",
 )
 
 
 def _parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """A function's settings, with those of the function that it hands the rest to."""
-    found: dict[str, inspect.Parameter] = {}
-    for name, parameter in inspect.signature(make).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found |= _parameters(_HANDS_ON[make]) if make in _HANDS_ON else {}
-        elif name not in _OTHERS:
-            found[name] = parameter
-    return found
-
-
-_HANDS_ON: Mapping[Callable[..., Any], Callable[..., Any]] = {
-    optim.adamw_8bit: optax.adamw,
-    optim.lion_8bit: optax.lion,
-    optim.muon: optax.contrib.muon,
-    optim.sophia_g: optim.sophia,
-    optim.sophia_h: optim.sophia,
-}
+    """A function's settings, without what has flags of its own."""
+    parameters = inspect.signature(make).parameters
+    return {name: parameter for name, parameter in parameters.items() if name not in _OTHERS}
 
 
 def _value(text: str, parameter: inspect.Parameter, where: str) -> Any:

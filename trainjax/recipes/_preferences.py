@@ -13,11 +13,12 @@ from trainjax.models import Model
 from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
 from trainjax.recipes._common import say
+from trainjax.recipes._configs import TrainConfig
 from trainjax.types import Loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferenceConfig(training.TrainConfig):
+class PreferenceConfig(TrainConfig):
     """The settings that training on preferences has in common."""
 
     packing: common.PackingName = "none"

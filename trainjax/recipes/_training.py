@@ -1,4 +1,4 @@
-"""What recipes that train share: the run's folder, encoding, what makes a resumed run the same, rates."""
+"""A run that trains: its folder, its rows, what makes a resumed one the same, what it leaves."""
 
 from __future__ import annotations
 
@@ -12,144 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from trainjax import data, losses, models, optim, train, tree
 from trainjax.models import Model
 from trainjax.nn import flops_per_token
 from trainjax.policies import Policy, policy
 from trainjax.recipes import _common as common
-from trainjax.recipes._common import MeshConfig, PeftConfig, say
-from trainjax.recipes._optim import OptimConfig, ScheduleConfig
+from trainjax.recipes._common import PeftConfig, say
+from trainjax.recipes._configs import StepConfig, TrainConfig
 from trainjax.train import metrics
-from trainjax.train.step import Step
-from trainjax.types import Loss, Params, Peft
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepConfig:
-    """The settings of steps: what they train, on which rows, how."""
-
-    model: str
-    """A hub id, a folder, a .gguf file, or a name that `trainjax fetch` knows."""
-    out: Path
-    """Folder of the run."""
-    steps: int | None = None
-    """Optimizer steps, of each task where there are several; one pass over its rows if not given."""
-    batch_size: int = 8
-    """Rows of a batch, over all devices and micro-batches; a packed row holds several examples."""
-    max_length: int = 512
-    """Tokens of a row; longer examples are handled by --too-long."""
-    learning_rate: float = 2e-4
-    """Peak of the schedule."""
-    warmup: float = 0.03
-    """Linear warm-up in steps, or below 1 a fraction of them."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    weight_decay: float = 0.0
-    """Decoupled, times the learning rate."""
-    optim: OptimConfig = OptimConfig()
-    clip: float = 1.0
-    """Largest global norm of the gradients."""
-    accumulate: int = 1
-    """Micro-batches that a batch is cut into: less memory, the same result."""
-    peft: PeftConfig = PeftConfig()
-    full: bool = False
-    """Train every weight instead of an adapter."""
-    dtype: common.DtypeName | None = None
-    """Of frozen weights and arithmetic; by default as stored, and what the platform is fast at."""
-    param_dtype: common.ParamDtypeName = "float32"
-    """Of what trains; bfloat16 halves its memory, and its updates are rounded stochastically."""
-    fp8: bool = False
-    """Multiply 8-bit floats in the layers, where the platform has such products."""
-    base_format: common.BaseFormatName | None = None
-    """Keep the frozen matrices of the layers in 4 or 8 bits; stored is as a .gguf file has them."""
-    packing: common.PackingName = "best-fit"
-    """Several examples a row, or one."""
-    too_long: common.TooLongName = "truncate"
-    """What happens to an example longer than --max-length."""
-    template: bool = True
-    """Put plain prompts and completions into the chat template."""
-    remat: common.RematName = "projections"
-    """What the backward pass keeps, from least memory (full) to most (none)."""
-    seed: int = 0
-    """Of the adapter's start, the order of the data, dropout, and what else is drawn."""
-    resume: bool = False
-    """Continue the run in --out from its newest sound checkpoint."""
-    mesh: MeshConfig = MeshConfig()
-    tensorboard: bool = False
-    """Write scalars for TensorBoard to OUT/tensorboard."""
-    wandb: str | None = None
-    """Project to log to, if Weights & Biases is installed."""
-
-    def adapter(self) -> Peft | None:
-        """The adapter's functions; None where every weight trains."""
-        return None if self.full else self.peft.method()
-
-    def rates(self, steps: int) -> optax.Schedule:
-        """The learning rate at each of so many steps."""
-        return self.schedule.schedule(self.learning_rate, steps, self.warmup)
-
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Of so many steps, with the method's own part and what the dtypes need around it."""
-        method = self.adapter()
-        tx = self.optim.chain(self.rates(steps), self.weight_decay, self.clip)
-        if method is not None and method.transform is not None:
-            tx = method.transform(steps, tx)
-        if self.dtype == "float16":
-            tx = optim.with_loss_scale(tx)
-        return (
-            tx if self.param_dtype == "float32" else optim.with_stochastic_rounding(tx, self.seed)
-        )
-
-    def step(self, tx: optax.GradientTransformation, model: Model) -> Step:
-        """The jitted step; `config.optim` may want a loss on drawn labels beside the run's own."""
-        step = train.make_step(tx, accumulate=self.accumulate, gradient=self.optim.gradient_of())
-        if not self.optim.wants_curvature():
-            return step
-        return functools.partial(step, curvature=losses.drawn(policy(model, self.adapter())))
-
-    def plan(self, length: int) -> data.Plan:
-        """How examples become batches of rows of this length."""
-        return data.Plan(self.batch_size, length, common.PACKING[self.packing], self.seed)
-
-    def load(self) -> Model:
-        """The model, over all devices.
-
-        Raises:
-            ValueError: it has no tokenizer; its weights are to train and to stay in few bits.
-        """
-        if self.full and self.base_format is not None:
-            raise ValueError(
-                f"--full trains every weight, and --base-format {self.base_format} freezes them in few "
-                "bits; leave one of the two out"
-            )
-        model = common.load_model(
-            self.model,
-            dtype=self.dtype,
-            mesh=self.mesh.mesh(),
-            remat=self.remat,
-            base_format=self.base_format,
-        )
-        if model.tokenizer is None:
-            raise ValueError(f"{self.model} has no tokenizer")
-        return model.with_fp8() if self.fp8 else model
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(StepConfig):
-    """The settings of a run on one dataset."""
-
-    data: str
-    """Rows: a .jsonl, .json, .csv or .parquet file, hf:NAME[:SPLIT] or tfds:NAME[:SPLIT]."""
-    eval_data: str | None = None
-    """Held-out rows; their loss is reported."""
-    save_every: int = 0
-    """Steps between checkpoints; one at the end in any case."""
-    keep: int = 3
-    """Checkpoints kept."""
-    eval_every: int = 0
-    """Steps between evaluations; one at the end in any case."""
-
+from trainjax.types import Loss, Params
 
 Prepare = Callable[[Model, str, data.Examples], data.Examples]
 
@@ -170,6 +42,7 @@ class Job(NamedTuple):
         read: how a row becomes a group of completions; None where it is one text.
         prepare: adds to the examples of a named dataset what it takes the model to know.
         same: names of the settings that a resumed run has to share.
+        curvature: `(model) -> loss` on drawn labels, for Sophia-G; None where the loss is no likelihood.
         tells_tokens: whether the loss goes through the vocabulary, which counts in the MFU.
     """
 
@@ -179,6 +52,7 @@ class Job(NamedTuple):
     read: data.Read | None = None
     prepare: Prepare = lambda model, name, examples: examples
     same: Sequence[str] = SAME
+    curvature: Callable[[Model], Loss] | None = None
     tells_tokens: bool = True
 
 
@@ -196,7 +70,8 @@ def run(
     def loss(model: Model) -> Loss:
         return with_penalty(loss_of(model), policy(model, config.adapter()))
 
-    run_job(config, Job(loss, first, save, read, prepare, same))
+    curvature = config.drawn if read is None else None
+    run_job(config, Job(loss, first, save, read, prepare, same, curvature))
 
 
 def run_job(config: TrainConfig, job: Job) -> None:
@@ -217,24 +92,18 @@ def run_job(config: TrainConfig, job: Job) -> None:
     if config.batch_size < 1:
         raise ValueError(f"batch_size={config.batch_size}: a batch has at least one row")
 
-    examples = encode(config, config.data, rows, model, job.read)
-    examples = job.prepare(model, config.data, examples)
+    examples = _prepared(config, job, config.data, rows, model)
     held_out = None
     if config.eval_data and eval_rows is not None:
-        held_out = encode(config, config.eval_data, eval_rows, model, job.read)
-        held_out = job.prepare(model, config.eval_data, held_out)
+        held_out = _prepared(config, job, config.eval_data, eval_rows, model)
     length = max(data.row_length(e, config.max_length) for e in (examples, held_out) if e)
     plan = config.plan(length)
     loader = data.Loader(examples, plan, mesh)
     steps = len(plan.epoch(examples, 0)) if config.steps is None else config.steps
     if steps < 1:
         raise ValueError(f"steps={steps}: a run has at least one")
-    if config.optim.wants_curvature() and not job.tells_tokens:
-        raise ValueError(
-            "--optim.name sophia_g draws labels from a language model, which this job's loss is not; "
-            "sophia_h takes any loss"
-        )
-    tx, schedule = config.optimizer(steps), config.rates(steps)
+    tx, schedule = config.optimizer(steps, model), config.rates(steps)
+    step = config.step(tx, None if job.curvature is None else job.curvature(model))
     loss = job.loss_of(model)
     state = train.init(job.first_params(model), tx, config.seed)
     if config.full:
@@ -247,7 +116,6 @@ def run_job(config: TrainConfig, job: Job) -> None:
     with contextlib.closing(train.Checkpoints(config.out / "checkpoints", config.keep)) as saved:
         state, num_tokens = resumed(state, saved, loader, shared, wanted=config.resume)
         common.save_config(config, config.out / "config.yaml")
-        step = config.step(tx, model)
         with sinks(config.out, steps, int(state.step), config.tensorboard, config.wandb) as to:
             state = train.fit(
                 state,
@@ -273,6 +141,13 @@ def run_job(config: TrainConfig, job: Job) -> None:
                 num_tokens=num_tokens,
             )
     job.save(model, evaluated(state))
+
+
+def _prepared(
+    config: TrainConfig, job: Job, name: str, rows: data.Source, model: Model
+) -> data.Examples:
+    """The rows that a flag named as the job reads them."""
+    return job.prepare(model, name, encode(config, name, rows, model, job.read))
 
 
 def evaluated(state: train.TrainState) -> Params:

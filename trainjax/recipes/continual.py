@@ -150,8 +150,9 @@ def _prepared(
         parts.Evaluation(
             model, config.plan(config.max_length), measured, asked, config.max_new_tokens
         ),
-        functools.cache(config.optimizer),  # equal stages are one program
-        functools.cache(functools.partial(config.step, model=model)),
+        # Equal stages are one program.
+        functools.cache(functools.partial(config.optimizer, model=model)),
+        functools.cache(functools.partial(config.step, curvature=config.drawn(model))),
     )
 
 

@@ -16,11 +16,12 @@ from trainjax import data, losses, optim, train
 from trainjax.policies import policy
 from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
+from trainjax.recipes._configs import StepConfig
 from trainjax.train import metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(training.StepConfig):
+class Config(StepConfig):
     """Trains --steps steps with a rate that rises from --low to --high, and suggests one."""
 
     data: str
@@ -96,7 +97,7 @@ def _test(config: Config) -> list[Point]:
     plan = config.plan(data.row_length(examples, config.max_length))
     steps = 100 if config.steps is None else config.steps
     actor = policy(model, config.adapter())
-    loss, tx = training.with_penalty(losses.sft(actor), actor), config.optimizer(steps)
+    loss, tx = training.with_penalty(losses.sft(actor), actor), config.optimizer(steps, model)
     state = train.init(training.first_params(config, model), tx, config.seed)
     schedule = config.rates(steps)
     points: list[Point] = []
@@ -115,7 +116,7 @@ def _test(config: Config) -> list[Point]:
     ):
         train.fit(
             state,
-            config.step(tx, model),
+            config.step(tx, config.drawn(model)),
             loss,
             data.Loader(examples, plan, mesh),
             steps=steps,

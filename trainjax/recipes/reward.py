@@ -11,12 +11,13 @@ from trainjax import data, losses, models
 from trainjax.models import Model
 from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
+from trainjax.recipes._configs import TrainConfig
 from trainjax.scorers import init_scorer, scorer
 from trainjax.types import Loss, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(training.TrainConfig):
+class Config(TrainConfig):
     """Trains a head that scores completions, and the model below it; writes as `sft` does to --out."""
 
     center_rewards_coefficient: float = 0.0

@@ -7,10 +7,11 @@ import dataclasses
 from trainjax import losses
 from trainjax.policies import policy
 from trainjax.recipes import _training as training
+from trainjax.recipes._configs import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(training.TrainConfig):
+class Config(TrainConfig):
     """Fine-tunes a model; writes adapter, checkpoints, metrics and settings to --out."""
 
 

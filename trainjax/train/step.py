@@ -107,28 +107,49 @@ def make_step(
             key = tree.key_for(key, "combine")
             grads, combiner, more = combine.update(grads, values, combiner, key)
             metrics |= more
-        grad_norm = optax.tree.norm(grads)
-        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        if scale is not None:  # the optimizer skips the step and takes a smaller one
-            is_finite |= scale > 1
-        with jax.numpy_dtype_promotion("standard"):  # Optax counts on it (float ** int)
-            updates, optimizer = tx.update(
-                grads, optimizer, trained, value=metrics["loss"], **extra
-            )
-            new_params = optax.apply_updates(trained, updates)
-        opt_state = join_opt_state(optimizer, combiner)
-        keep = lambda new, old: jnp.where(is_finite, new, old)  # noqa: E731
-        params = jax.tree.map(keep, new_params, trained)
-        new = TrainState(
-            step=state.step + 1,
-            params=tree.with_trained(state.params, params),
-            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-            key=state.key,
-        )
-        metrics |= _reported(optimizer) | {"grad_norm": grad_norm, "is_finite": is_finite}
-        return new, metrics
+        return updated(state, tx, grads, metrics, combiner, extra)
 
     return with_fixed_layout(step)
+
+
+def updated(
+    state: TrainState,
+    tx: optax.GradientTransformationExtraArgs,
+    grads: Params,
+    metrics: Metrics,
+    beside: Any,
+    extra: Mapping[str, Any],
+) -> tuple[TrainState, Metrics]:
+    """The end of a step: the state after the optimizer's update, or the same where something is not finite.
+
+    Args:
+        state: before the step.
+        tx: the Optax chain.
+        grads: of the whole batch.
+        metrics: of the loss, `loss` among them.
+        beside: what is new of the state that is kept beside the optimizer's (`split_opt_state`).
+        extra: arguments of the update.
+    """
+    optimizer, _ = split_opt_state(state.opt_state)
+    trained = tree.trainable(state.params)
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    scale = optax.tree.get(optimizer, "scale_of_loss")
+    if scale is not None:  # the optimizer skips the step and takes a smaller one
+        is_finite |= scale > 1
+    with jax.numpy_dtype_promotion("standard"):  # Optax counts on it (float ** int)
+        updates, optimizer = tx.update(grads, optimizer, trained, value=metrics["loss"], **extra)
+        params = optax.apply_updates(trained, updates)
+    opt_state = join_opt_state(optimizer, beside)
+    keep = lambda new, old: jnp.where(is_finite, new, old)  # noqa: E731
+    new = TrainState(
+        step=state.step + 1,
+        params=tree.with_trained(state.params, jax.tree.map(keep, params, trained)),
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        key=state.key,
+    )
+    told = _reported(optimizer) | {"grad_norm": grad_norm, "is_finite": is_finite}
+    return new, metrics | told
 
 
 def _scaled(gradient: Gradient, scale: Array | None) -> Gradient:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainjax import tree
-from trainjax.train.state import TrainState, init, join_opt_state, split_opt_state
-from trainjax.train.step import Step, with_fixed_layout
+from trainjax.train.state import TrainState, init, split_opt_state
+from trainjax.train.step import Step, updated, with_fixed_layout
 from trainjax.types import Batch, Loss, Metrics, Params
 
 
@@ -91,7 +91,7 @@ def make_worker_step(
         return grads, jax.tree.map(lambda x: x[None], own), metrics
 
     def step(state: TrainState, loss: Loss, batch: Batch, extra: Any) -> tuple[TrainState, Metrics]:
-        optimizer, own = split_opt_state(state.opt_state)
+        _, own = split_opt_state(state.opt_state)
         rows = jax.tree.map(lambda _: P(axis), batch)
         each = jax.tree.map(lambda _: P(axis), own)
         run = jax.shard_map(
@@ -102,19 +102,8 @@ def make_worker_step(
             check_vma=False,
         )
         grads, own, metrics = run(state._replace(opt_state=()), own, loss, batch)
-        trained = tree.trainable(state.params)
-        grad_norm = optax.tree.norm(grads)
-        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        with jax.numpy_dtype_promotion("standard"):  # Optax counts on it
-            updates, optimizer = tx.update(
-                grads, optimizer, trained, value=metrics["loss"], **extra
-            )
-            params = optax.apply_updates(trained, updates)
-        keep = lambda new, old: jnp.where(is_finite, new, old)  # noqa: E731
-        opt_state = jax.tree.map(keep, join_opt_state(optimizer, own), state.opt_state)
-        params = tree.with_trained(state.params, jax.tree.map(keep, params, trained))
-        told = {name: jnp.mean(value) for name, value in getattr(own, "metrics", {}).items()}
-        metrics |= told | {"grad_norm": grad_norm, "is_finite": is_finite}
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        new, metrics = updated(state, tx, grads, metrics, own, extra)
+        told = optax.tree.get(own, "metrics", {})
+        return new, metrics | {name: jnp.mean(value) for name, value in told.items()}
 
     return with_fixed_layout(step)
