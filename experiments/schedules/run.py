@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/schedules/run.py --out runs/schedules
 
-AdamW for 300 steps at three peaks and, at each form's best, three seeds. "refined" is made of the gradient
+AdamW for 300 steps at two peaks and, at each form's best, three seeds. "refined" is made of the gradient
 norms of the constant run at the same peak, and so costs another run. Appends to OUT/runs.jsonl, reads what
 is there; writes OUT/table.md and OUT/schedules.png.
 """
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from experiments import workloads
 from trainjax import optim, train
 
-PEAKS = (1e-3, 3e-3, 1e-2)
+PEAKS = (2e-3, 5e-3)
 FORMS: dict[str, Callable[..., optax.Schedule]] = {
     "constant": optim.constant,
     "cosine": optim.warmup_cosine,

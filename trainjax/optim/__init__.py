@@ -11,6 +11,7 @@ from trainjax.optim.hft import HalfState, half_fine_tuning
 from trainjax.optim.layerwise import layerwise_decay
 from trainjax.optim.loss_scale import LossScaleState, with_loss_scale
 from trainjax.optim.offload import offloaded
+from trainjax.optim.private import privacy_epsilon, private
 from trainjax.optim.rotation import RotationState, watch_rotation
 from trainjax.optim.rounding import round_stochastically, with_stochastic_rounding
 from trainjax.optim.schedules import (
@@ -77,6 +78,8 @@ __all__ = [
     "one_cycle",
     "polynomial",
     "population",
+    "privacy_epsilon",
+    "private",
     "prodigy",
     "range_test",
     "refined",

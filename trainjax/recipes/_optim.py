@@ -74,6 +74,7 @@ GRADIENTS: Mapping[str, Callable[..., Gradient]] = {
     "sharpness_aware": optim.sharpness_aware,
     "two_point": optim.two_point,
     "forward": optim.forward_gradient,
+    "private": optim.private,
 }
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class OptimConfig:
     average: float | None = None
     """Decay of an average of what trains, which is then evaluated and saved; 0.999, say."""
     gradient: GradientName = "backpropagation"
-    """How the gradient is found; two_point and forward need no backward pass."""
+    """How the gradient is found; two_point and forward need no backward pass, private is DP-SGD."""
     gradient_settings: tuple[str, ...] = ()
     """Its own, such as scale=1e-3 directions=4, or rho=0.05."""
 
