@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from trainjax import tree
+from trainjax.optim.settings import settings_of
 from trainjax.types import Params
 
 
@@ -152,24 +153,22 @@ def fira(
     )
 
 
+@settings_of(scale_by_fira, "growth", "outside")
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
     *,
-    every: int = 200,
-    scale: float = 0.25,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
     weight_decay: float = 0.0,
     mask: Any = None,
+    **settings: Any,
 ) -> optax.GradientTransformation:
     """`fira` without what lies outside of the subspace: `theta <- theta - lr scale P psi(P^T G)`.
 
     `optax.contrib.galore` for models whose layers are stacked in one array, each of which is a matrix here.
 
     Args:
-        learning_rate, rank, every, scale, b1, b2, eps, weight_decay, mask: as in `fira`.
+        learning_rate, rank, weight_decay, mask: as in `fira`.
+        settings: `every`, `scale`, `b1`, `b2` and `eps`, as in `fira`.
 
     Raises:
         ValueError: as `fira`.
@@ -177,7 +176,7 @@ def galore(
     Source: Zhao et al. 2024, arXiv:2403.03507, algorithm 2.
     """
     return optax.chain(
-        scale_by_fira(rank, every=every, scale=scale, b1=b1, b2=b2, eps=eps, outside=False),
+        scale_by_fira(rank, outside=False, **settings),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
