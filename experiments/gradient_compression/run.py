@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/gradient_compression/run.py --out runs/gradient_compression
 
-Four devices of one process on the CPU; AdamW at 3e-3 for 200 steps, 8 rows of 128 between them. Bytes
+Four devices of one process on the CPU; AdamW at 3e-3 for 150 steps, 8 rows of 128 between them. Bytes
 are what a worker sends to have a gradient summed, whatever the network makes of it. Appends to
 OUT/runs.jsonl, reads what is there; writes OUT/table.md and OUT/gradient_compression.png.
 """
@@ -27,7 +27,7 @@ WAYS: dict[str, optax.GradientTransformation] = {
     "int8": compression.int8("data"),
     "power_sgd, rank 8": compression.power_sgd("data", rank=8),
     "power_sgd, rank 2": compression.power_sgd("data", rank=2),
-    "one_bit after 30 steps": compression.one_bit("data", warmup=30),
+    "one_bit after 15 steps": compression.one_bit("data", warmup=15),
     "one_bit at once": compression.one_bit("data", warmup=0),
 }
 
@@ -60,7 +60,7 @@ def run(work: workloads.Workload, name: str, steps: int, seed: int) -> dict[str,
 def main() -> None:
     """Runs what is not done yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    args = workloads.arguments(parser, "runs/gradient_compression", steps=200, seeds=3)
+    args = workloads.arguments(parser, "runs/gradient_compression", steps=150, seeds=3)
     work = workloads.scratch()
     table = "| gradients | held-out loss | MB sent by a worker | less than float32 |\n|---|---|---|---|\n"
     figure = Figure((6.8, 4.0), layout="constrained", dpi=130)

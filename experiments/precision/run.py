@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/precision/run.py --out runs/precision
 
-AdamW at 3e-3 for 300 steps, three seeds; memory is arguments and temporaries of the compiled step. Then the
+AdamW at 3e-3 for 200 steps, three seeds; memory is arguments and temporaries of the compiled step. Then the
 same step with everything that `nn.remat` can keep. Appends to OUT/runs.jsonl, reads what is there; writes
 OUT/table.md and OUT/precision.png.
 """
@@ -81,7 +81,7 @@ def remat_table(rounds: int = 9) -> str:
 def main() -> None:
     """Runs what is not done yet, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    args = workloads.arguments(parser, "runs/precision", steps=300, seeds=3)
+    args = workloads.arguments(parser, "runs/precision", steps=200, seeds=3)
 
     def run(name: str, seed: int) -> dict[str, Any]:
         def make() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python experiments/schedules/run.py --out runs/schedules
 
-AdamW for 300 steps at two peaks and, at each form's best, three seeds. "refined" is made of the gradient
+AdamW for 200 steps at two peaks and, at each form's best, three seeds. "refined" is made of the gradient
 norms of the constant run at the same peak, and so costs another run. Appends to OUT/runs.jsonl, reads what
 is there; writes OUT/table.md and OUT/schedules.png.
 """
@@ -34,7 +34,7 @@ FORMS: dict[str, Callable[..., optax.Schedule]] = {
 def main() -> None:
     """Runs what is not done yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    args = workloads.arguments(parser, "runs/schedules", steps=300, seeds=3)
+    args = workloads.arguments(parser, "runs/schedules", steps=200, seeds=3)
     work, steps = workloads.scratch(), args.steps
 
     def run(name: str, peak: float, seed: int) -> dict[str, Any]:
