@@ -113,6 +113,7 @@ def test_a_run_is_repeated_from_its_settings(sft, tmp_path):
     [
         (["--optim.name", "lino"], "not 'lino'; did you mean 'lion'?"),
         (["--optim.settings", "bb1=0.9"], "adamw has no setting 'bb1'; did you mean 'b1'?"),
+        (["--optim.settings", "weight_decay=0.1"], "has a flag of its own, --weight-decay"),
         (["--optim.settings", "b1"], "b1: a setting is NAME=VALUE"),
         (["--optim.settings", "b1=high"], "b1 is a number, not 'high'"),
         (["--optim.settings", "b1=nan"], "b1 is a finite number"),

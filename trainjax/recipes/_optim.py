@@ -203,6 +203,8 @@ def given(make: Callable[..., Any], words: Sequence[str], called: str, flag: str
         name, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"{flag} {word}: a setting is NAME=VALUE, such as b1=0.9")
+        if name in _FLAGS:
+            raise ValueError(f"{flag} {word}: {name} has a flag of its own, {_FLAGS[name]}")
         if name not in known:
             has = f"its settings are {', '.join(known)}" if known else "it has none"
             raise ValueError(
@@ -217,20 +219,21 @@ def given(make: Callable[..., Any], words: Sequence[str], called: str, flag: str
     return found
 
 
-_OTHERS = (
-    "learning_rate",
-    "steps",
-    "warmup",
-    "weight_decay",
-    "mask",
-    "weight_decay_mask",
-)
+_FLAGS = {
+    "learning_rate": "--learning-rate",
+    "steps": "--steps",
+    "warmup": "--warmup",
+    "weight_decay": "--weight-decay",
+    "mask": "--optim.groups",
+    "weight_decay_mask": "--optim.groups",
+}
+"""What has a flag of its own."""
 
 
 def _parameters(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """A function's settings, without what has flags of its own."""
     parameters = inspect.signature(make).parameters
-    return {name: parameter for name, parameter in parameters.items() if name not in _OTHERS}
+    return {name: parameter for name, parameter in parameters.items() if name not in _FLAGS}
 
 
 def _value(text: str, parameter: inspect.Parameter, where: str) -> Any:
