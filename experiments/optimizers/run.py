@@ -112,7 +112,7 @@ def all_runs(work: workloads.Workload, args: Any) -> dict[str, list[dict[str, An
 
 
 def times(
-    work: workloads.Workload, workload: str, names: Iterable[str], rounds: int = 5
+    work: workloads.Workload, workload: str, names: Iterable[str], rounds: int = 3
 ) -> dict[str, float]:
     """Seconds of a step by optimizer: the median of rounds in which each does ten steps in its turn."""
     batch, started = next(work.batches(0)), {}
