@@ -164,7 +164,7 @@ def report(runs: dict[str, list[dict[str, Any]]], seconds: dict[str, float], arg
     axes.set(xlabel="step", ylabel="held-out loss, mean over seeds")
     low, high = min(c[-1] for c in mean.values()), mean["adamw"][len(mean["adamw"]) // 10]
     axes.set_ylim(low - 0.05 * (high - low), high)
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", frameon=False)
     figure.savefig(args.out / f"{args.workload}.png")
 
 
