@@ -100,10 +100,10 @@ def scratch(
     )
 
 
-def lora() -> Workload:
-    """LoRA of rank 16 on SmolLM2-135M-Instruct in bfloat16, four rows of up to 128 tokens."""
+def lora(dtype: Any = jnp.bfloat16) -> Workload:
+    """LoRA of rank 16 on SmolLM2-135M-Instruct, four rows of up to 128 tokens."""
     length = 128
-    model = tj.load("smollm2-135m-instruct", dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
+    model = tj.load("smollm2-135m-instruct", dtype=dtype, compute_dtype=dtype)
     method = tj.peft.lora()
     policy = tj.policy(model, method)
 
