@@ -156,7 +156,7 @@ def report(runs: dict[str, list[dict[str, Any]]], seconds: dict[str, float], arg
         table += f"| {' | '.join(cells)} |\n"
     (args.out / f"{args.workload}.md").write_text(table)
     print(table)
-    figure = Figure((6.8, 4.2), layout="constrained", dpi=130)
+    figure = Figure((8.0, 4.2), layout="constrained", dpi=130)
     axes = figure.subplots()
     for name, curve in mean.items():
         axes.plot(every * np.arange(1, len(curve) + 1), curve, label=name, linewidth=1.2)
@@ -164,7 +164,7 @@ def report(runs: dict[str, list[dict[str, Any]]], seconds: dict[str, float], arg
     axes.set(xlabel="step", ylabel="held-out loss, mean over seeds")
     low, high = min(c[-1] for c in mean.values()), mean["adamw"][len(mean["adamw"]) // 10]
     axes.set_ylim(low - 0.05 * (high - low), high)
-    axes.legend(loc="upper right", frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     figure.savefig(args.out / f"{args.workload}.png")
 
 
