@@ -286,12 +286,14 @@ class Objective(NamedTuple):
         total: `(fn) -> tree`: `fn(batch, key)` added up over the micro-batches. Every call hands them
             the same keys, so that two calls see the same dropout.
         key: of the step, for what the optimizer draws itself.
+        scale: what `loss` is multiplied by (`optim.with_loss_scale`), and so its gradients.
     """
 
     loss: Callable[..., tuple[Array, Metrics]]
     bind: Callable[[Loss], Callable[..., tuple[Array, Metrics]]]
     total: Callable[[Callable[[Batch, PRNGKeyArray], Any]], Any]
     key: PRNGKeyArray
+    scale: ArrayLike = 1.0
 
 
 Gradient = Callable[[Objective, Params], tuple[Params, Metrics]]

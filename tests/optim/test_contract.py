@@ -101,7 +101,7 @@ def test_it_finds_the_bottom_of_a_parabola(name):
 
 @EVERY
 def test_it_goes_down_rosenbrocks_valley(name):
-    """From (-1.2, 1) and places near it: below a hundredth of where it began."""
+    """From (-1.2, 1) and places near it: below a fifth of where it began."""
     spread = np.random.default_rng(0).uniform(-0.1, 0.1, (4, 8))
     start = jnp.asarray(np.tile([-1.2, 1.0], (4, 4)) + spread, jnp.float32)
     found, _ = descended(name, rosenbrock, RATES.get(name, (0, 0.02))[1], 800, start)

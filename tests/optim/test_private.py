@@ -67,6 +67,18 @@ def test_clipped_rows_are_averaged_as_optax_does_it(setting, accumulate):
     assert float(metrics["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-5)
 
 
+def test_a_scaled_loss_is_clipped_and_blurred_as_a_plain_one(setting):
+    """Loss scaling multiplies gradients for the arithmetic's sake alone."""
+    loss, params, batch = setting
+    tx = optim.with_loss_scale(helpers.keep_gradients)
+    step = train.make_step(tx, gradient=optim.private(0.5, 1.0))
+    state, metrics = step(train.init(params, tx), loss, batch)
+    found = tree.flatten(state.opt_state.inner)
+    expected, plain = gradient(setting, optim.private(0.5, 1.0))
+    helpers.assert_close(found, expected, 1e-5)
+    assert float(metrics["rows_clipped"]) == float(plain["rows_clipped"]) > 0
+
+
 def test_no_row_moves_the_sum_by_more_than_the_norm(setting):
     loss, params, batch = setting
     other = {name: x.copy() for name, x in batch.items()}

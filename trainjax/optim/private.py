@@ -42,12 +42,15 @@ def private(max_norm: float = 1.0, noise: float = 1.0) -> Gradient:
         raise ValueError(f"noise={noise} is 0 or more, in units of max_norm")
 
     def gradient(objective: Objective, trained: Params) -> tuple[Params, Metrics]:
+        longest = max_norm * objective.scale
+
         def one(batch: Any, key: Any) -> tuple[Params, Metrics, Array, Array]:
             rows, step = {**batch}, {"step": batch["step"]}
             del rows["step"]
-            norms, clipped, metrics = jax.vmap(lambda row: of_row(row, step, key))(rows)
+            keys = jax.random.split(key, len(rows["weights"]))
+            norms, clipped, metrics = jax.vmap(lambda row, key: of_row(row, step, key))(rows, keys)
             total = jax.tree.map(lambda x: x.sum(0), (clipped, metrics))
-            return *total, jnp.sum(norms > max_norm), jnp.asarray(norms.size)
+            return *total, jnp.sum(norms > longest), jnp.asarray(norms.size)
 
         def of_row(row: Any, step: Any, key: Any) -> tuple[Array, Params, Metrics]:
             batch = jax.tree.map(lambda x: x[None], row) | step
@@ -57,14 +60,14 @@ def private(max_norm: float = 1.0, noise: float = 1.0) -> Gradient:
             weight = jnp.sum(row["weights"])
             grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), grads)
             norm = optax.tree.norm(grads)
-            factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
+            factor = jnp.minimum(1.0, longest / jnp.maximum(norm, 1e-30))
             return norm, jax.tree.map(lambda g: g * factor, grads), metrics | {"loss": value}
 
         grads, metrics, clipped, rows = objective.total(one)
 
         def blurred(name: str, g: Array) -> Array:
             z = jax.random.normal(tree.key_for(objective.key, name), g.shape, g.dtype)
-            return (g + noise * max_norm * z) / rows
+            return (g + (noise * longest * z).astype(g.dtype)) / rows
 
         return tree.map_named(blurred, grads), metrics | {"rows_clipped": clipped / rows}
 

@@ -162,7 +162,7 @@ def _scaled(gradient: Gradient, scale: Array | None) -> Gradient:
             value, metrics = objective.loss(*args)
             return value * scale, metrics
 
-        grads, metrics = gradient(objective._replace(loss=loss), trained)
+        grads, metrics = gradient(objective._replace(loss=loss, scale=scale), trained)
         grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
         return grads, metrics | {"loss": metrics["loss"] / scale}
 
