@@ -185,6 +185,7 @@ def test_the_count_is_of_optimizer_steps():
         ((float("nan"), 20), "learning_rate=nan is not finite"),
         ((1e-3, 20, 21.0), "warmup=21.0 is not within the run's 20 steps"),
         ((1e-3, 20, -1.0), "warmup=-1.0 is not within the run's 20 steps"),
+        ((1e-3, 20, -0.5), "warmup=-0.5 is not within the run's 20 steps"),
         ((1e-3, 20, -0.01), "warmup=-0.01 is not within the run's 20 steps"),
     ],
 )
@@ -228,3 +229,31 @@ def test_a_range_that_does_not_rise_is_refused():
         schedules.range_test(0.1, 0.01, 5)
     with pytest.raises(ValueError, match="steps=1: a rise takes at least 2"):
         schedules.range_test(0.1, 1.0, 1)
+
+
+@pytest.mark.parametrize("end", [0.0, 1e-4])
+@pytest.mark.parametrize(("warmup", "first"), [(0.0, 0), (5.0, 5), (0.1, 2), (0.26, 5), (19.0, 19)])
+def test_the_cosine_is_its_formula_for_every_kind_of_warm_up(warmup, first, end):
+    """`first` is the number of warm-up steps in a run of 20."""
+
+    def formula(t):
+        if t < first:
+            return 1e-3 * t / first
+        share = min(1.0, (t - first) / (20 - first))
+        return end + (1e-3 - end) * (1 + math.cos(math.pi * share)) / 2
+
+    found = values(schedules.warmup_cosine(1e-3, 20, warmup, end), 25)
+    np.testing.assert_allclose(found, [formula(t) for t in range(25)], rtol=1e-5, atol=1e-9)
+
+
+def test_the_cosine_is_to_the_bit_that_of_optax():
+    ours = schedules.warmup_cosine(3e-4, 100, 0.03, 1e-5)
+    theirs = optax.warmup_cosine_decay_schedule(0.0, 3e-4, 3, 100, 1e-5)
+    np.testing.assert_array_equal(values(ours, 110), values(theirs, 110))
+
+
+def test_the_peak_is_reached_and_the_end_too():
+    found = values(schedules.warmup_cosine(1e-3, 50, 10.0), 51)
+    assert found.argmax() == 10
+    assert found[10] == pytest.approx(1e-3)
+    assert found[50] == pytest.approx(0, abs=1e-10)

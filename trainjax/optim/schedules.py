@@ -183,8 +183,10 @@ def cosine_restarts(
 
 
 def _half_cosine(start: float, end: float, steps: int) -> optax.Schedule:
+    if start:
+        return optax.cosine_decay_schedule(start, steps, alpha=end / start)
     share = optax.cosine_decay_schedule(1.0, steps)
-    return lambda count: end + (start - end) * share(count)
+    return lambda count: end * (1.0 - share(count))
 
 
 def one_cycle(
