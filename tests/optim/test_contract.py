@@ -25,7 +25,8 @@ def made(name, learning_rate, **settings):
         plain = OPTIMIZERS[name.removesuffix("_8bit")]
 
         def optimizer(learning_rate, weight_decay=0.0):
-            return optim.in_eight_bits(plain(learning_rate, weight_decay=weight_decay), at_least=16)
+            tx = plain(learning_rate, weight_decay=weight_decay)
+            return optim.in_eight_bits(tx, at_least=16, elementwise=True)
 
     own = SETTINGS.get(name, {})
     return chain(Chain(optimizer=optimizer, learning_rate=learning_rate, settings=own, **settings))

@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests import helpers
 from trainjax import losses, optim, train, tree
@@ -104,3 +106,55 @@ def test_the_loss_stays_within_two_percent_of_float32(make, plain, rate):
     assert curves[1][-1] < 0.7 * curves[1][0]
     np.testing.assert_allclose(curves[0], curves[1], rtol=0.02)
     assert isinstance(make(rate).init(model.params), tuple)
+
+
+def filled(shapes, seed=0):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    named = zip(shapes.items(), keys, strict=True)
+    return tree.unflatten({name: jax.random.normal(key, shape) for (name, shape), key in named})
+
+
+SHAPES = {
+    "layers/w": (4, 8, 64),
+    "layers/norm": (4, 8),
+    "table": (96, 64),
+    "odd": (67, 64),
+    "b": (),
+}
+
+
+@pytest.mark.parametrize("plain", [optax.adamw, optax.lion])
+def test_one_array_at_a_time_is_the_same_update(plain, monkeypatch):
+    """In pieces, with a decay that goes by name, and a count that rises by one a step."""
+    monkeypatch.setattr(eight_bit, "_PIECE", 512)
+    mask = lambda params: tree.map_named(lambda name, _: name.endswith("w"), params)  # noqa: E731
+    found = {}
+    for elementwise in (False, True):
+        tx = plain(optax.linear_schedule(1e-2, 1e-3, 3), weight_decay=0.1, mask=mask)
+        tx = optim.in_eight_bits(tx, at_least=16, elementwise=elementwise)
+        params, update = filled(SHAPES), jax.jit(tx.update)
+        state = tx.init(params)
+        for n in range(3):
+            updates, state = update(filled(SHAPES, n + 1), state, params)
+            params = optax.apply_updates(params, updates)
+        found[elementwise] = params, state
+    assert jax.tree.structure(found[True]) == jax.tree.structure(found[False])
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, found[True], found[False])
+
+
+@pytest.mark.parametrize("name", ["layers/w", "table"])
+@pytest.mark.parametrize("spec", [("fsdp",), (None, "fsdp"), ("fsdp", "tensor")])
+def test_the_update_moves_nothing_among_devices(name, spec, monkeypatch):
+    monkeypatch.setattr(eight_bit, "_PIECE", 512)
+    mesh = helpers.mesh_of(1, 2, 2)
+    axes = P(None, *spec) if name == "layers/w" else P(*spec)
+    params = {"w": jax.device_put(filled({name: SHAPES[name]}), NamedSharding(mesh, axes))}
+    tx = optim.in_eight_bits(optax.adamw(1e-3), at_least=16, block=16, elementwise=True)
+    state = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, axes if x.ndim else P())), tx.init(params)
+    )
+    program = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    assert "while" in program  # it does go in pieces
+    for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert collective not in program
