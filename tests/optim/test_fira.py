@@ -66,7 +66,7 @@ def test_it_is_the_papers_algorithm_for_each_layer_and_either_side(every, growth
             ours = [turn(np.asarray(f["layers"][name][layer])) for f in found]
             np.testing.assert_allclose(ours, expected, rtol=2e-3, atol=2e-4)
     assert state.of["layers"]["up"].mu.shape == (2, 2, 8)
-    assert state.of["layers"]["down"].mu.shape == (2, 2, 8)
+    assert state.of["layers"]["down"].mu.shape == (2, 8, 2)
 
 
 def test_the_subspace_is_found_anew_at_its_steps_alone():

@@ -19,13 +19,14 @@ class Projected(NamedTuple):
 
     Attributes:
         basis: `[..., short, rank]`, orthonormal columns.
-        mu, nu: Adam's averages of the gradient in the subspace, `[..., rank, long]`.
+        mu, nu: Adam's averages of the gradient in the subspace, `[..., rank, long]`; `[..., long, rank]`
+            of matrices with more rows than columns.
         norm: of the last step's part outside of the subspace, `[..., 1, 1]`.
     """
 
     basis: Float[Array, "*stack short rank"]
-    mu: Float[Array, "*stack rank long"]
-    nu: Float[Array, "*stack rank long"]
+    mu: Float[Array, "*stack rows columns"]
+    nu: Float[Array, "*stack rows columns"]
     norm: Float[Array, "*stack 1 1"]
 
 
@@ -81,19 +82,21 @@ def scale_by_fira(
             if isinstance(own, Plain):
                 step, mu, nu = adam(own.mu, own.nu, g)
                 return step, Plain(mu, nu)
-            wide = _is_wide(g.shape)
-            x = g if wide else jnp.swapaxes(g, -1, -2)
+            side = _side(g.shape)
             basis = jax.lax.cond(
-                state.step % every == 0, lambda: _basis(x, rank), lambda: own.basis
+                state.step % every == 0, lambda: _basis(g, rank, side), lambda: own.basis
             )
-            inside = jnp.swapaxes(basis, -1, -2) @ x
+            inside = _into(basis, g, side)
             step, mu, nu = adam(own.mu, own.nu, inside)
-            found, norm = basis @ step, own.norm
+            norm = own.norm
             if outside:
-                rest, norm = _limited(x - basis @ inside, _growth(step, inside), norm, growth)
-                found += rest
-            found = scale * (found if wide else jnp.swapaxes(found, -1, -2))
-            return found, Projected(basis, mu, nu, norm)
+                # phi (G - P R) = phi G - P (phi R): one product with P, and no array of the rest alone.
+                factor = _norms(step, side) / jnp.maximum(_norms(inside, side), 1e-30)
+                factor, norm = _limited(factor, g, inside, norm, growth, side)
+                found = factor * g + _out_of(basis, step - factor * inside, side)
+            else:
+                found = _out_of(basis, step, side)
+            return scale * found, Projected(basis, mu, nu, norm)
 
         pairs = jax.tree.map(lambda own, g: leaf(g, own), state.of, updates, is_leaf=_is_own)
         steps, owns = (
@@ -125,10 +128,9 @@ def fira(
     `every`-th step, `R = P^T G` and `psi(R)` Adam's step of it:
     `theta <- theta - lr scale (P psi(R) + phi * (G - P R))`, with `phi_i = |psi(R)_i| / |R_i|` for each
     column: what lies outside of the subspace is scaled as what lies in it was. From step to step that
-        part's norm grows by no more
-    than `growth`. A matrix whose shorter side is no longer than `rank`, and what is no matrix, has Adam
-    itself, without `scale`. Projections are of each layer of a stack, and are made within the jitted
-    step (`lax.cond`).
+    part's norm grows by no more than `growth`. A matrix whose shorter side is no longer than `rank`, and
+    what is no matrix, has Adam itself, without `scale`. Projections are of each layer of a stack, and are
+    made within the jitted step (`lax.cond`).
 
     Args:
         learning_rate: a rate or a schedule.
@@ -182,30 +184,49 @@ def galore(
     )
 
 
-def _growth(step: Array, inside: Array) -> Array:
-    """By how much Adam has scaled each column of the gradient in the subspace."""
-    return _column_norms(step) / jnp.maximum(_column_norms(inside), 1e-30)
+def _side(shape: tuple[int, ...]) -> int:
+    """The axis that the projection shortens: the shorter one, so that the other is a column's number."""
+    return -2 if shape[-2] <= shape[-1] else -1
 
 
-def _limited(rest: Array, factor: Array, before: Array, growth: float) -> tuple[Array, Array]:
-    """What lies outside, scaled and no larger than `growth` times what it was, and its norm."""
-    rest = rest * factor
-    norm = jnp.sqrt(jnp.sum(rest * rest, (-2, -1), keepdims=True))
+def _into(basis: Array, x: Array, side: int) -> Array:
+    """`P^T x`, or `x P` where columns lie along the last axis; a transposed copy of x would cost more."""
+    return jnp.swapaxes(basis, -1, -2) @ x if side == -2 else x @ basis
+
+
+def _out_of(basis: Array, x: Array, side: int) -> Array:
+    """`P x`, or `x P^T`."""
+    return basis @ x if side == -2 else x @ jnp.swapaxes(basis, -1, -2)
+
+
+def _norms(x: Array, side: int) -> Array:
+    """Of each column."""
+    return jnp.sqrt(jnp.sum(x * x, axis=side, keepdims=True))
+
+
+def _limited(
+    factor: Array, x: Array, inside: Array, before: Array, growth: float, side: int
+) -> tuple[Array, Array]:
+    """Factors that make what lies outside no longer than `growth` times what it was, and its length.
+
+    The basis is orthonormal: the square of a column's part outside is the column's less that inside.
+    """
+    outside = jnp.maximum(_norms(x, side) ** 2 - _norms(inside, side) ** 2, 0.0)
+    norm = jnp.sqrt(jnp.sum(factor**2 * outside, (-2, -1), keepdims=True))
     most = jnp.where(before > 0, growth * before, norm)
-    return rest * jnp.minimum(1.0, most / jnp.maximum(norm, 1e-30)), jnp.minimum(norm, most)
+    return factor * jnp.minimum(1.0, most / jnp.maximum(norm, 1e-30)), jnp.minimum(norm, most)
 
 
 def _init(p: Array, rank: int) -> Projected | Plain:
     if p.ndim < 2 or min(p.shape[-2:]) <= rank:
         return Plain(jnp.zeros_like(p), jnp.zeros_like(p))
-    *stack, short, long = p.shape
-    short, long = min(short, long), max(short, long)
-    moments = jnp.zeros((*stack, rank, long), p.dtype)
+    *stack, rows, columns = p.shape
+    of_moments = (rank, columns) if _side(p.shape) == -2 else (rows, rank)
     return Projected(
-        jnp.zeros((*stack, short, rank), p.dtype),
-        moments,
-        jnp.zeros_like(moments),
-        jnp.zeros((*stack, 1, 1), p.dtype),
+        basis=jnp.zeros((*stack, min(rows, columns), rank), p.dtype),
+        mu=jnp.zeros((*stack, *of_moments), p.dtype),
+        nu=jnp.zeros((*stack, *of_moments), p.dtype),
+        norm=jnp.zeros((*stack, 1, 1), p.dtype),
     )
 
 
@@ -218,16 +239,9 @@ def _is_pair(node: Any) -> bool:
     return type(node) is tuple
 
 
-def _is_wide(shape: tuple[int, ...]) -> bool:
-    return shape[-2] <= shape[-1]
-
-
-def _basis(x: Array, rank: int) -> Array:
-    """The first left singular vectors: eigenvectors of `x x^T`, which is as small as the shorter side."""
+def _basis(x: Array, rank: int, side: int) -> Array:
+    """The first singular vectors of the shorter side: eigenvectors of `x x^T` or `x^T x`."""
     wide = tree.wide(x)
-    _, vectors = jnp.linalg.eigh(wide @ jnp.swapaxes(wide, -1, -2))
+    turned = jnp.swapaxes(wide, -1, -2)
+    _, vectors = jnp.linalg.eigh(wide @ turned if side == -2 else turned @ wide)
     return vectors[..., ::-1][..., :rank].astype(x.dtype)
-
-
-def _column_norms(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(x * x, axis=-2, keepdims=True))
