@@ -10,6 +10,7 @@ import logging
 import os
 import pkgutil
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,23 +25,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a job; returns the exit status.
 
     0: done. 1: the job could not be done, and one sentence says why. 2: the command is not right.
-    128 + n: stopped by signal n, after saving.
+    128 + n: stopped by signal n, after saving. 75: another process of the run has gone; to be tried again.
     """
     try:
         try:
-            return _main((sys.argv[1:] if argv is None else list(argv)) or ["--help"])
+            return _alone(_main((sys.argv[1:] if argv is None else list(argv)) or ["--help"]))
         finally:
             sys.stdout.flush()  # now, so that a reader that has gone is noticed here
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _alone(_fail("interrupted", 130))
     except BrokenPipeError:  # the reader of our output has gone: nothing to tell anybody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception:
+        if _is_one_of_several():
+            traceback.print_exc()
+            _alone(1)
+        raise
 
 
 def _main(argv: list[str]) -> int:
-    name, *args = argv
     jobs = _jobs()
+    try:
+        place, (name, *args) = _place(argv)
+    except ValueError as error:
+        return _fail(str(error), 2)
     if name in ("-h", "--help"):
         print(_overview(jobs))
         return 0
@@ -56,10 +65,49 @@ def _main(argv: list[str]) -> int:
         config = parse(module.Config, args, prog=f"trainjax {name}")
     except ValueError as error:
         return _fail(str(error), 2)
-    return _run(module.main, config)
+    return _run(module.main, config, place)
 
 
-def _run(job: Callable[[Any], None], config: Any) -> int:
+def _is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _alone(status: int) -> int:
+    """The exit status; of several processes, one that failed ends here and does not wait for the others.
+
+    They are in a step that it takes no part in any more, and see that it has gone.
+    """
+    if status and _is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+_PLACE = {"--coordinator": str, "--num-processes": int, "--process-id": int}
+
+
+def _place(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What comes before the job: which of several processes this is."""
+    found: dict[str, Any] = {}
+    rest = list(argv)
+    while rest and rest[0].partition("=")[0] in _PLACE:
+        name, equals, value = rest.pop(0).partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"{name} needs a value: {_kind(_PLACE[name])}")
+            value = rest.pop(0)
+        if not _fits(value, _PLACE[name]):
+            raise ValueError(f"{name} is {_wrong(value, _PLACE[name])}")
+        found[name.removeprefix("--").replace("-", "_")] = _PLACE[name](value)
+    return found, rest or ["--help"]
+
+
+def _run(job: Callable[[Any], None], config: Any, place: Mapping[str, Any]) -> int:
+    from jax.errors import JaxRuntimeError
+
+    from trainjax.parallel import initialize, is_peer_lost
     from trainjax.train import NotFinite, Stopped
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -68,14 +116,23 @@ def _run(job: Callable[[Any], None], config: Any) -> int:
         logging.CRITICAL
     )  # Orbax logs tracebacks of errors it raises
     try:
+        if hasattr(config, "mesh"):
+            initialize(**place)
         job(config)
     except Stopped as stop:
         print(f"{stop}; continue it with --resume", file=sys.stderr)
         return 128 + stop.signal
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, KeyError, NotFinite) as error:
+    except (ValueError, OSError, KeyError, NotFinite, JaxRuntimeError) as error:
         if os.environ.get(DEBUG):
+            raise
+        if is_peer_lost(error):
+            why = str(error).splitlines()[0]
+            return _fail(
+                f"another process of this run has gone ({why}); continue with --resume", 75
+            )
+        if isinstance(error, JaxRuntimeError):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         return _fail(f"{message}", 1)
@@ -307,7 +364,13 @@ def _overview(jobs: Mapping[str, str]) -> str:
     width = max(map(len, jobs))
     lines = [f"  {name:<{width}}  {text}" for name, text in jobs.items()]
     usage = "usage: trainjax JOB [OPTIONS]\n\nPost-training of language models in JAX.\n\njobs:\n"
-    return usage + "\n".join(lines) + "\n\ntrainjax JOB --help tells the options of a job."
+    more = (
+        "\n\ntrainjax JOB --help tells the options of a job.\n\n"
+        "Processes that a scheduler started (SLURM, Kubernetes, Open MPI, a TPU pod) find one another;\n"
+        "others are told where they are:\n"
+        "trainjax --coordinator HOST:PORT --num-processes N --process-id I JOB [OPTIONS]"
+    )
+    return usage + "\n".join(lines) + more
 
 
 def _nearest(word: str, known: Sequence[str] | Mapping[str, Any], prefix: str = "") -> str:

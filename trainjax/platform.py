@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import Array
 
 _R = TypeVar("_R")
 
@@ -38,3 +42,18 @@ def jit(f: Callable[..., _R], **options: Any) -> Callable[..., _R]:
         return program()(*args, **kwargs)
 
     return call
+
+
+def put(x: Any, layout: Sharding) -> Array:
+    """`jax.device_put`, onto devices of other processes too, each of which has the same x.
+
+    Every process copies its own shards. `device_put` would send all of x to every process, to compare
+    them, and takes no array that is bound to a device.
+    """
+    if layout.is_fully_addressable:
+        return jax.device_put(x, layout)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(x), layout)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, layout, lambda index: host[index])

@@ -122,16 +122,44 @@ def test_rows_are_split_over_the_mesh(examples):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_fill_the_rows_of_the_same_global_batch(examples, processes, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    parts = []
-    for index in range(processes):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        batch = plan().epoch(examples, 0)[0]
-        parts.append(data.fill(examples, plan(), batch, rows=own_rows(4, None)))
+def test_processes_fill_the_rows_of_the_same_global_batch(examples, processes):
+    batch = plan().epoch(examples, 0)[0]
+    each = 4 // processes
+    own = [slice(start, start + each) for start in range(0, 4, each)]
+    parts = [data.fill(examples, plan(), batch, rows=rows) for rows in own]
     whole = data.fill(examples, plan(), plan().epoch(examples, 0)[0])
     for name, array in whole.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+
+
+@pytest.mark.parametrize(
+    ("axes", "devices", "expected"),
+    [
+        (("data", "fsdp", "tensor"), [0, 1], slice(0, 4)),
+        (("data", "fsdp", "tensor"), [2, 3], slice(4, 8)),
+        (("tensor", "data", "fsdp"), [0, 1], slice(0, 8)),  # both row shards are this process's
+        (("tensor", "data", "fsdp"), [0], slice(0, 4)),
+    ],
+)
+def test_a_process_fills_the_rows_of_its_own_devices(axes, devices, expected, monkeypatch):
+    """Of a mesh of two row shards and two of `tensor`, as if some of the devices were another's."""
+    sizes = {"data": 2, "fsdp": 1, "tensor": 2}
+    grid = np.asarray(jax.devices()).reshape([sizes[axis] for axis in axes])
+    mesh = jax.sharding.Mesh(grid, axes)
+    every = jax.sharding.NamedSharding.devices_indices_map
+    own = lambda self, shape: {  # noqa: E731
+        device: index for device, index in every(self, shape).items() if device.id in devices
+    }
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", own)
+    assert own_rows(8, mesh) == expected
+
+
+def test_rows_that_are_not_side_by_side_are_refused(monkeypatch):
+    every = jax.sharding.NamedSharding.devices_indices_map
+    own = lambda self, shape: {d: i for d, i in every(self, shape).items() if d.id in (0, 2)}  # noqa: E731
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", own)
+    with pytest.raises(ValueError, match="rows of the batch that are not side by side"):
+        own_rows(8, parallel.mesh(data=4, fsdp=1))
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(examples):

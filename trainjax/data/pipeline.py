@@ -271,7 +271,7 @@ class Loader(Iterator[Batch]):
         mesh: splits rows over its `data` and `fsdp` axes.
 
     Raises:
-        ValueError: a batch that the mesh or the processes do not divide.
+        ValueError: a batch that the mesh does not divide, or of which this process has scattered rows.
     """
 
     def __init__(self, examples: Examples, plan: Plan, mesh: Mesh | None = None) -> None:
@@ -307,17 +307,27 @@ def one_epoch(examples: Examples, plan: Plan, mesh: Mesh | None = None) -> Itera
 
 
 def own_rows(batch_size: int, mesh: Mesh | None) -> slice:
-    """The rows of a global batch that this process fills."""
+    """The rows of a global batch that this process fills: those of its devices.
+
+    Processes whose devices share a row (split over `tensor`) fill it each.
+    """
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % shards:
         raise ValueError(
             f"batch_size={batch_size} is not divisible by the mesh's {shards} row shards"
         )
-    count, index = jax.process_count(), jax.process_index()
-    if batch_size % count:
-        raise ValueError(f"batch_size={batch_size} is not divisible by {count} processes")
-    each = batch_size // count
-    return slice(index * each, (index + 1) * each)
+    if mesh is None:
+        return slice(0, batch_size)
+    layout = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    parts = layout.addressable_devices_indices_map((batch_size,)).values()
+    bounds = {index[0].indices(batch_size)[:2] for index in parts if index is not None}
+    first, last = min(start for start, _ in bounds), max(stop for _, stop in bounds)
+    if sum(stop - start for start, stop in bounds) != last - first:
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} gives this process rows of the batch that are not side by side; "
+            "order its axes so that a process's devices are neighbours along data and fsdp"
+        )
+    return slice(first, last)
 
 
 def to_devices(arrays: dict[str, np.ndarray], mesh: Mesh | None, batch_size: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import json
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -106,8 +108,12 @@ def write_shards(
 ) -> None:
     """Writes tensors as safetensors, in files of at most `max_bytes` with an index if it takes several.
 
-    Tensors are taken from the iterable one by one, and a file's worth is in memory at a time.
+    Tensors are taken from the iterable one by one, and a file's worth is in memory at a time. Of several
+    processes, which all take part in gathering a tensor, the first one writes.
     """
+    if not is_writer():
+        collections.deque(tensors, maxlen=0)
+        return
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     total = 0
@@ -199,14 +205,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def is_writer() -> bool:
+    """Whether this process writes the files that all processes have one of."""
+    return jax.process_index() == 0
+
+
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A new folder beside `path` to write into, which takes its name when the block ends well.
+
+    Of several processes the first one writes; the others' folder is for nothing, and goes.
 
     Raises:
         ValueError: `path` exists and holds something.
         OSError: it cannot be written; nothing is left behind.
     """
+    if not is_writer():
+        with tempfile.TemporaryDirectory() as nothing:
+            yield Path(nothing)
+        return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already; give the name of a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)

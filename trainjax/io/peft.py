@@ -21,6 +21,8 @@ _BASE = "trainjax_base"  # our key in the safetensors metadata, which other read
 
 def write(path: Path, files: PeftFiles, fingerprint: str | None) -> None:
     """Writes an adapter's folder, with its base's fingerprint; each file appears whole or not at all."""
+    if not folder.is_writer():
+        return
     path.mkdir(parents=True, exist_ok=True)
     tensors = {_full(name): tensor for name, tensor in files.tensors.items()}
     with folder.replaced(path / _TENSORS) as temporary:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,6 +34,7 @@ def save_adapter(path: str | Path, model: Model, method: Peft, adapter: Params) 
         method: `peft.lora(...)` and the like.
         adapter: the trained arrays.
     """
+    adapter = jax.tree.map(host_array, adapter)
     exported = method.export(adapter, peft_modules(model.hf, model.params))
     base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.source}
     fields = base | exported.fields
@@ -84,7 +86,8 @@ def save_scorer(path: str | Path, model: Model, method: Peft | None, params: Par
     if method is None:
         save_model(path, model, {**params["body"], "score": params["score"]})
         return
-    exported = method.export(params["body"], peft_modules(model.hf, model.params))
+    body = jax.tree.map(host_array, params["body"])
+    exported = method.export(body, peft_modules(model.hf, model.params))
     base = {"task_type": _SCORING, "base_model_name_or_path": model.source}
     fields = base | exported.fields | {"modules_to_save": [_SCORE]}
     kernel = host_array(params["score"]["kernel"])

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import PRNGKeyArray
 
-from trainjax import parallel, quant, tree
+from trainjax import parallel, platform, quant, tree
 from trainjax.io.hub import open_checkpoint
 from trainjax.models import _adapters
 from trainjax.models._model import (
@@ -216,7 +216,7 @@ def _read(
                 yield np.ascontiguousarray(value if dtype is None else value.astype(dtype))
 
         if not stacked:
-            return jax.device_put(next(values()), layout)
+            return platform.put(next(values()), layout)
         return _stack(_as_it_is, values(), tensors, layout)
 
     return tree.map_named(leaf, abstract), corners
@@ -302,7 +302,7 @@ def _filler(encode: Encode, layouts: tuple[Sharding, ...], structure: Any) -> Ca
 
 def _layout(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding:
     if mesh is None:
-        return SingleDeviceSharding(jax.devices()[0])
+        return SingleDeviceSharding(jax.local_devices()[0])
     return NamedSharding(mesh, parallel.spec(name, shape, mesh))
 
 

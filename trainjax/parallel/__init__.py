@@ -1,6 +1,29 @@
-"""Parallelism as data layout: a mesh of devices, and rules from names to partitions."""
+"""Parallelism as data layout: processes, a mesh of their devices, and rules from names to partitions."""
 
+from trainjax.parallel.cluster import (
+    Cluster,
+    check_agreement,
+    find,
+    initialize,
+    is_first,
+    is_peer_lost,
+    wait_for_all,
+)
 from trainjax.parallel.mesh import mesh
 from trainjax.parallel.rules import DECODER, place, rows, shardings, spec
 
-__all__ = ["DECODER", "mesh", "place", "rows", "shardings", "spec"]
+__all__ = [
+    "DECODER",
+    "Cluster",
+    "check_agreement",
+    "find",
+    "initialize",
+    "is_first",
+    "is_peer_lost",
+    "mesh",
+    "place",
+    "rows",
+    "shardings",
+    "spec",
+    "wait_for_all",
+]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from trainjax import tree
+from trainjax import platform, tree
 
 Rules = Sequence[tuple[str, P]]
 
@@ -49,7 +49,9 @@ def shardings(params: PyTree, mesh: Mesh, rules: Rules = DECODER) -> PyTree:
 
 def place(params: PyTree, mesh: Mesh | None, rules: Rules = DECODER) -> PyTree:
     """The params laid out over the mesh, or as they are where there is none."""
-    return params if mesh is None else jax.device_put(params, shardings(params, mesh, rules))
+    if mesh is None:
+        return params
+    return jax.tree.map(platform.put, params, shardings(params, mesh, rules))
 
 
 def rows(mesh: Mesh) -> NamedSharding:

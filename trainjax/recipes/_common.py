@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -265,7 +266,8 @@ def load_scorer(
 
 def save_config(config: Any, path: Path) -> None:
     """Writes a recipe's settings, all of them, as YAML that `--config` reads back."""
-    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    if parallel.is_first():
+        path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:
@@ -274,6 +276,13 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on, which are the same in all its processes."""
+    names = ("trainjax", "jax", "jaxlib", "flax", "optax")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
 def say(text: str) -> None:
-    """A word to the user, beside the output proper."""
-    print(text, file=sys.stderr, flush=True)
+    """A word to the user, beside the output proper; of several processes the first one says it."""
+    if parallel.is_first():
+        print(text, file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from trainjax import data, losses, models, optim, train, tree
+from trainjax import data, losses, models, optim, parallel, train, tree
 from trainjax.models import Model
 from trainjax.nn import flops_per_token
 from trainjax.policies import Policy, policy
@@ -113,6 +113,7 @@ def run_job(config: TrainConfig, job: Job) -> None:
         evaluate = train.evaluator(loss, lambda: data.one_epoch(held_out, plan, mesh))
 
     shared = settings(config, job.same, steps=steps, model=model, examples=examples)
+    parallel.check_agreement(shared | common.versions())
     with contextlib.closing(train.Checkpoints(config.out / "checkpoints", config.keep)) as saved:
         state, num_tokens = resumed(state, saved, loader, shared, wanted=config.resume)
         common.save_config(config, config.out / "config.yaml")
@@ -204,6 +205,7 @@ def claim_folder(out: Path, *, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out):
         pass
+    parallel.wait_for_all(f"{out} is claimed")  # before one writes what the others would find
 
 
 def resumed(
@@ -243,7 +245,13 @@ def resumed(
 def sinks(
     out: Path, steps: int, done: int, tensorboard: bool, wandb: str | None
 ) -> Iterator[list[metrics.Sink]]:
-    """Where a run's records go: `metrics.jsonl` and the terminal, and what else is asked for."""
+    """Where a run's records go: `metrics.jsonl` and the terminal, and what else is asked for.
+
+    Of several processes, which have the same records, the first one's.
+    """
+    if not parallel.is_first():
+        yield []
+        return
     with contextlib.ExitStack() as stack:
         to = [stack.enter_context(metrics.jsonl(out / "metrics.jsonl", after_step=done))]
         to.append(stack.enter_context(metrics.progress(steps, done)))

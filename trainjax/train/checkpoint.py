@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from trainjax import tree
 from trainjax.train.state import TrainState
@@ -154,15 +155,19 @@ class Checkpoints:
 
     def _write_manifest(self) -> None:
         """Called by Orbax when all files are there, before the folder gets its final name."""
+        if jax.process_index() > 0:
+            return
         for folder in self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
             _dump_manifest(folder, {"arrays": self._arrays, "files": _checksums(folder)})
 
     def _put_aside(self, damaged: Sequence[int]) -> None:
         """Gives damaged checkpoints another name: the run will write those steps anew."""
-        for step in damaged:
+        for step in damaged if jax.process_index() == 0 else ():
             names = (self.directory / f"{step}.damaged{'+' * n}" for n in itertools.count())
             self._path(step).rename(next(name for name in names if not name.exists()))
         if damaged:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices(f"{self.directory} without {damaged}")
             self._manager.reload()
 
     def _damage(self, step: int) -> str:

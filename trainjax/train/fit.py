@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from trainjax import platform, sharing
 from trainjax.train.checkpoint import Checkpoints
@@ -70,7 +71,8 @@ def fit(
     """Runs `step` until `steps` are done: reports, evaluates, saves, stops cleanly.
 
     Step n is dispatched before the metrics of step n-1 are read, so the host never stands between
-    two steps. Interrupt (Ctrl-C) and SIGTERM end the run after the step under way, with a checkpoint.
+    two steps. Interrupt (Ctrl-C) and SIGTERM end the run after the step under way, with a checkpoint;
+    SIGTERM to one of several processes ends all of them after the same step.
 
     Args:
         state: where to begin; `state.step` counts what was done before.
@@ -102,12 +104,17 @@ def fit(
             extra = {"batches": batches.get_state(), "num_tokens": report.num_tokens}
             checkpoints.save(state, extra | {"settings": dict(settings or {})})
 
-    with _signals() as received:
+    several = jax.process_count() > 1
+    # A signal reaches one process. JAX has all of them agree on the step after which they stop.
+    is_preempted = multihost_utils.reached_preemption_sync_point if several else lambda step: False
+    with _signals(*([] if several else [signal.SIGTERM])) as received:
         for number in range(int(state.step) + 1, steps + 1):
             batch = next(batches)
             state, metrics = step(state, loss, batch)
             report.dispatched(number, metrics, batch)
             due = lambda every, number=number: every and number % every == 0  # noqa: E731
+            if is_preempted(number):
+                received.append(signal.SIGTERM)
             last = number == steps or bool(received)
             if last or due(save_every) or due(eval_every):
                 report.flush()
@@ -205,8 +212,8 @@ def _rows(batch: Batch, most: int = 20) -> list[int]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals received that ask to stop. A second interrupt stops at once, as ever."""
+def _signals(*others: signal.Signals) -> Iterator[list[int]]:
+    """The signals received that ask to stop: interrupts and others. A second interrupt stops at once."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -218,7 +225,7 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received  # signals are the main thread's business
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in {signal.SIGINT, *others}}
     try:
         yield received
     finally:

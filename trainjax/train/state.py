@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from trainjax import tree
+from trainjax import platform, tree
 from trainjax.types import Params
 
 
@@ -104,8 +104,6 @@ def _committed(state: TrainState) -> TrainState:
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf: Array) -> Array:
-        return (
-            leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, everywhere)
-        )
+        return leaf if isinstance(leaf.sharding, NamedSharding) else platform.put(leaf, everywhere)
 
     return jax.tree.map(place, state)

@@ -1,0 +1,118 @@
+"""Several processes as one run: the same losses, one set of files, and an end that all of them see."""
+
+from __future__ import annotations
+
+import filecmp
+import signal
+
+import numpy as np
+import pytest
+
+from tests import toy
+from tests.parallel.processes import Processes, losses
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Of a job that trains every weight of the toy model for 30 steps."""
+    folder = tmp_path_factory.mktemp("toy")
+    model = toy.model_folder(folder / "model")
+    rows = toy.write_jsonl(folder / "rows.jsonl", toy.rows())
+    settings = {"model": model, "data": rows, "steps": 30, "batch-size": 4, "max-length": 64}
+    settings |= {"learning-rate": 1e-2, "save-every": 10, "remat": "none"}
+    return ["sft", "--full", *(f"--{name}={value}" for name, value in settings.items())]
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory):
+    """The folder of the run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    job = Processes(1, [*flags, f"--out={folder / 'run'}"], folder)
+    assert job.wait() == [0], job.said()
+    return folder / "run"
+
+
+def finished(flags, folder, count, **mesh):
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | mesh
+    own = [f"--mesh.{name}={size}" for name, size in sizes.items()]
+    job = Processes(count, [*flags, *own, f"--out={folder / 'run'}"], folder)
+    assert job.wait() == [0] * count, job.said()
+    return job
+
+
+def assert_same(out, alone):
+    found, expected = losses(out), losses(alone)
+    assert found.keys() == expected.keys() == set(range(1, 31))
+    np.testing.assert_allclose(
+        [found[step] for step in expected], list(expected.values()), rtol=0, atol=1e-5
+    )
+
+
+def test_two_processes_make_one_run(flags, alone, tmp_path):
+    job = finished(flags, tmp_path, 2, fsdp=2)
+    assert_same(tmp_path / "run", alone)
+    for name in ("config.json", "tokenizer.json"):
+        assert filecmp.cmp(tmp_path / "run" / "model" / name, alone / "model" / name)
+    assert "step 30/30" in job.said(0)
+    assert "step 30/30" not in job.said(1)  # one of them prints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        *({"data": 2}, {"tensor": 2}, {"data": 4}, {"fsdp": 4}),
+        *({"data": 2, "fsdp": 2}, {"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_every_split_gives_the_losses_of_one_process(mesh, flags, alone, tmp_path):
+    finished(flags, tmp_path, int(np.prod(list(mesh.values()))), **mesh)
+    assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes_on_another_mesh(flags, alone, tmp_path):
+    """One, then two over `fsdp`, then two over `tensor`, then one: stopped by a signal to one of them."""
+    out = tmp_path / "run"
+    stages = [(1, {}), (2, {"fsdp": 2}), (2, {"tensor": 2}), (1, {})]
+    for number, (count, mesh) in enumerate(stages):
+        own = [f"--mesh.{name}={mesh.get(name, 1)}" for name in ("data", "fsdp", "tensor")]
+        resume = ["--resume"] if number else []
+        job = Processes(count, [*flags, *own, *resume, f"--out={out}"], tmp_path)
+        if number < 3:
+            job.wait_for_step(out, max(losses(out), default=0) + 2)
+            job.kill(count - 1, signal.SIGTERM)
+            statuses = job.wait()
+            if statuses == [0] * count:  # it was faster than the signal
+                break
+            assert statuses == [128 + signal.SIGTERM] * count, job.said()
+            assert job.said().count("stopped by SIGTERM after step") == count
+        else:
+            assert job.wait() == [0], job.said()
+    assert_same(out, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(killed, flags, alone, tmp_path):
+    out = tmp_path / "run"
+    args = [*flags, "--mesh.fsdp=2", "--save-every=5", f"--out={out}"]
+    job = Processes(2, args, tmp_path)
+    job.wait_for_step(out, 12)
+    job.kill(killed)
+    statuses = job.wait(60.0)
+    assert statuses[killed] == -signal.SIGKILL
+    assert statuses[1 - killed] != 0
+    said = job.said(1 - killed)
+    assert "another process of this run has gone" in said or "another task died" in said
+    again = Processes(2, [*args, "--resume"], tmp_path)
+    assert again.wait() == [0, 0], again.said()
+    assert_same(out, alone)
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_say_so(flags, tmp_path):
+    job = Processes(2, [*flags, f"--out={tmp_path / 'run'}"], tmp_path, each=[[], ["--seed=1"]])
+    assert job.wait() == [1, 1]
+    for number in (0, 1):
+        assert "process 0 has seed=0 and process 1 has 1" in job.said(number)
