@@ -14,7 +14,7 @@ import numpy as np
 from trainjax import tree
 from trainjax.io import peft as files
 from trainjax.models._model import SCORE, Model, tensor_names
-from trainjax.models._save import host_array, save_model
+from trainjax.models._save import host_array, save_model, whole
 from trainjax.peft._methods import method_of
 from trainjax.types import Params, Peft, PeftFiles
 
@@ -34,7 +34,7 @@ def save_adapter(path: str | Path, model: Model, method: Peft, adapter: Params) 
         method: `peft.lora(...)` and the like.
         adapter: the trained arrays.
     """
-    adapter = jax.tree.map(host_array, adapter)
+    adapter = jax.tree.map(whole, adapter)
     exported = method.export(adapter, peft_modules(model.hf, model.params))
     base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.source}
     fields = base | exported.fields
@@ -86,7 +86,7 @@ def save_scorer(path: str | Path, model: Model, method: Peft | None, params: Par
     if method is None:
         save_model(path, model, {**params["body"], "score": params["score"]})
         return
-    body = jax.tree.map(host_array, params["body"])
+    body = jax.tree.map(whole, params["body"])
     exported = method.export(body, peft_modules(model.hf, model.params))
     base = {"task_type": _SCORING, "base_model_name_or_path": model.source}
     fields = base | exported.fields | {"modules_to_save": [_SCORE]}

@@ -95,7 +95,12 @@ def _tensors(model: Model, params: Params) -> Iterator[tuple[str, np.ndarray]]:
 
 def host_array(array: jax.Array) -> np.ndarray:
     """The whole array on this host, gathered from other processes where it is spread over them."""
+    return np.asarray(whole(array))
+
+
+def whole(array: jax.Array) -> jax.Array:
+    """The array, on all devices where other processes have parts of it: each can read it then."""
     if not array.is_fully_addressable and isinstance(array.sharding, NamedSharding):
         everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
         array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
-    return np.asarray(array)
+    return array
