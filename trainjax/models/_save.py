@@ -93,14 +93,17 @@ def _tensors(model: Model, params: Params) -> Iterator[tuple[str, np.ndarray]]:
             yield tensor, value.T if name.endswith("kernel") else value
 
 
-def host_array(array: jax.Array) -> np.ndarray:
+def host_array(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array on this host, gathered from other processes where it is spread over them."""
     return np.asarray(whole(array))
 
 
-def whole(array: jax.Array) -> jax.Array:
+def whole(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """The array, on all devices where other processes have parts of it: each can read it then."""
-    if not array.is_fully_addressable and isinstance(array.sharding, NamedSharding):
-        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
-        array = jax.jit(lambda x: x, out_shardings=everywhere)(array)
-    return array
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return array
+    # Processes share only what a mesh spreads.
+    assert isinstance(array.sharding, NamedSharding)
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()))(
+        array
+    )
