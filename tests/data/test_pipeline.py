@@ -1,4 +1,6 @@
+import contextlib
 import json
+from collections.abc import Collection, Iterator
 
 import jax
 import numpy as np
@@ -121,12 +123,31 @@ def test_rows_are_split_over_the_mesh(examples):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(batch), jax.device_get(alone))
 
 
+@pytest.fixture
+def owned(monkeypatch):
+    """A context in which all devices but these are another process's."""
+
+    @contextlib.contextmanager
+    def owned(devices: Collection[int]) -> Iterator[None]:
+        every = jax.sharding.NamedSharding.devices_indices_map
+
+        def own(self, shape):
+            return {d: rows for d, rows in every(self, shape).items() if d.id in devices}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", own)
+            yield
+
+    return owned
+
+
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_fill_the_rows_of_the_same_global_batch(examples, processes):
+def test_processes_fill_the_rows_of_the_same_global_batch(examples, processes, owned):
     batch = plan().epoch(examples, 0)[0]
-    each = 4 // processes
-    own = [slice(start, start + each) for start in range(0, 4, each)]
-    parts = [data.fill(examples, plan(), batch, rows=rows) for rows in own]
+    mesh, parts = parallel.mesh(data=2, fsdp=2), []
+    for devices in np.split(np.arange(4), processes):
+        with owned(devices):
+            parts.append(data.fill(examples, plan(), batch, rows=own_rows(4, mesh)))
     whole = data.fill(examples, plan(), plan().epoch(examples, 0)[0])
     for name, array in whole.items():
         np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
@@ -141,25 +162,21 @@ def test_processes_fill_the_rows_of_the_same_global_batch(examples, processes):
         (("tensor", "data", "fsdp"), [0], slice(0, 4)),
     ],
 )
-def test_a_process_fills_the_rows_of_its_own_devices(axes, devices, expected, monkeypatch):
-    """Of a mesh of two row shards and two of `tensor`, as if some of the devices were another's."""
+def test_a_process_fills_the_rows_of_its_own_devices(axes, devices, expected, owned):
+    """Of a mesh of two row shards and two of `tensor`."""
     sizes = {"data": 2, "fsdp": 1, "tensor": 2}
     grid = np.asarray(jax.devices()).reshape([sizes[axis] for axis in axes])
-    mesh = jax.sharding.Mesh(grid, axes)
-    every = jax.sharding.NamedSharding.devices_indices_map
-    own = lambda self, shape: {  # noqa: E731
-        device: index for device, index in every(self, shape).items() if device.id in devices
-    }
-    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", own)
-    assert own_rows(8, mesh) == expected
+    with owned(devices):
+        assert own_rows(8, jax.sharding.Mesh(grid, axes)) == expected
 
 
-def test_rows_that_are_not_side_by_side_are_refused(monkeypatch):
-    every = jax.sharding.NamedSharding.devices_indices_map
-    own = lambda self, shape: {d: i for d, i in every(self, shape).items() if d.id in (0, 2)}  # noqa: E731
-    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", own)
-    with pytest.raises(ValueError, match="rows of the batch that are not side by side"):
-        own_rows(8, parallel.mesh(data=4, fsdp=1))
+def test_rows_that_are_not_side_by_side_are_refused(owned):
+    mesh = parallel.mesh(data=4, fsdp=1)
+    with (
+        owned([0, 2]),
+        pytest.raises(ValueError, match="rows of the batch that are not side by side"),
+    ):
+        own_rows(8, mesh)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(examples):
