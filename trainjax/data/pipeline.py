@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
+from trainjax import axes
 from trainjax.data.curriculum import Order, shuffled
 from trainjax.data.encode import Examples, Groups
 from trainjax.data.packing import Pack, best_fit, unpacked
@@ -311,14 +312,14 @@ def own_rows(batch_size: int, mesh: Mesh | None) -> slice:
 
     Processes whose devices share a row (split over `tensor`) fill it each.
     """
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = axes.num_row_shards(mesh)
     if batch_size % shards:
         raise ValueError(
             f"batch_size={batch_size} is not divisible by the mesh's {shards} row shards"
         )
     if mesh is None:
         return slice(0, batch_size)
-    layout = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    layout = NamedSharding(mesh, PartitionSpec(axes.rows(mesh)))
     parts = layout.addressable_devices_indices_map((batch_size,)).values()
     bounds = {index[0].indices(batch_size)[:2] for index in parts if index is not None}
     first, last = min(start for start, _ in bounds), max(stop for _, stop in bounds)
@@ -334,7 +335,7 @@ def to_devices(arrays: dict[str, np.ndarray], mesh: Mesh | None, batch_size: int
     """A process's rows as (part of) a global batch, split over the mesh."""
     if mesh is None:
         return jax.device_put(arrays)
-    layout = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    layout = NamedSharding(mesh, PartitionSpec(axes.rows(mesh)))
     return {
         name: jax.make_array_from_process_local_data(layout, array, (batch_size, *array.shape[1:]))
         for name, array in arrays.items()
