@@ -272,11 +272,13 @@ class Loader(Iterator[Batch]):
         mesh: splits rows over its `data` and `fsdp` axes.
 
     Raises:
-        ValueError: a batch that the mesh does not divide, or of which this process has scattered rows.
+        ValueError: a batch, or rows, that the mesh does not divide; a batch of which this process has
+            scattered rows.
     """
 
     def __init__(self, examples: Examples, plan: Plan, mesh: Mesh | None = None) -> None:
         self.examples, self.plan, self.mesh = examples, plan, mesh
+        _check_length(plan.length, mesh)
         stream = _Batches(examples, plan, own_rows(plan.batch_size, mesh))
         prefetched = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2)
         self._iterator = iter(prefetched)
@@ -305,6 +307,14 @@ def one_epoch(examples: Examples, plan: Plan, mesh: Mesh | None = None) -> Itera
     for batch in plan.epoch(examples, 0):
         arrays = fill(examples, plan, batch, rows=rows, total=total, num_groups=count)
         yield to_devices(arrays, mesh, plan.batch_size)
+
+
+def _check_length(length: int, mesh: Mesh | None) -> None:
+    if length % (parts := axes.length(mesh, "sequence")):
+        raise ValueError(
+            f"rows of {length} tokens are not divisible by the mesh's sequence={parts}; use "
+            f"{-(-length // parts) * parts}"
+        )
 
 
 def own_rows(batch_size: int, mesh: Mesh | None) -> slice:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,15 +73,15 @@ def mesh(
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def _slice_of(device: jax.Device) -> int:
+def _slice_of(device: Any) -> int:
     return getattr(device, "slice_index", 0) or 0
 
 
-def _num_slices(devices: Sequence[jax.Device]) -> int:
+def _num_slices(devices: Sequence[Any]) -> int:
     return len({_slice_of(device) for device in devices})
 
 
-def _by_slice(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device]]:
+def _by_slice(devices: Sequence[Any], slices: int) -> list[list[Any]]:
     """The devices of each slice: as they say themselves, or else those of processes side by side."""
     if _num_slices(devices) not in (1, slices):
         raise ValueError(
