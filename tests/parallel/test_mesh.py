@@ -46,12 +46,13 @@ class Device(NamedTuple):
     slice_index: int
     process_index: int
     id: int
+    platform: str = "tpu"
 
 
 def test_the_devices_of_a_slice_are_together(monkeypatch):
     devices = [Device(number % 2, 0, number) for number in range(8)]
     assert [d.id for part in _by_slice(devices, 2) for d in part] == [0, 2, 4, 6, 1, 3, 5, 7]
-    nodes = [Device(0, 3 - number // 2, number) for number in range(8)]  # no slices, but processes
+    nodes = [Device(number // 2, 3 - number // 2, number, "gpu") for number in range(8)]
     assert [d.id for part in _by_slice(nodes, 4) for d in part] == [6, 7, 4, 5, 2, 3, 0, 1]
 
 

@@ -74,7 +74,8 @@ def mesh(
 
 
 def _slice_of(device: Any) -> int:
-    return getattr(device, "slice_index", 0) or 0
+    """Of a TPU; JAX numbers nodes of GPUs too, but over their network more than gradients may go."""
+    return device.slice_index if device.platform == "tpu" else 0
 
 
 def _num_slices(devices: Sequence[Any]) -> int:
