@@ -75,7 +75,7 @@ def mesh(
 
 def _slice_of(device: Any) -> int:
     """Of a TPU; JAX numbers nodes of GPUs too, but over their network more than gradients may go."""
-    return device.slice_index if device.platform == "tpu" else 0
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def _num_slices(devices: Sequence[Any]) -> int:
