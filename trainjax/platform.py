@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from jaxtyping import Array
 
@@ -42,6 +43,13 @@ def jit(f: Callable[..., _R], **options: Any) -> Callable[..., _R]:
         return program()(*args, **kwargs)
 
     return call
+
+
+def get(x: Array) -> np.ndarray:
+    """The whole array on this host, of devices of other processes too: then all of them ask for it."""
+    if x.is_fully_addressable:
+        return np.asarray(jax.device_get(x))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def put(x: Any, layout: Sharding) -> Array:

@@ -21,10 +21,16 @@ class Processes:
         args: of `trainjax`, the same for all.
         folder: where their output goes.
         each: further ones of each.
+        program: what takes them; the command line of `trainjax` by default.
     """
 
     def __init__(
-        self, count: int, args: Sequence[str], folder: Path, each: Sequence[Sequence[str]] = ()
+        self,
+        count: int,
+        args: Sequence[str],
+        folder: Path,
+        each: Sequence[Sequence[str]] = (),
+        program: Sequence[str] = ("-m", "trainjax.cli"),
     ) -> None:
         self.folder, address = folder, f"localhost:{_free_port()}"
         environ = {
@@ -41,8 +47,7 @@ class Processes:
             own = each[number] if each else []
             command = [
                 sys.executable,
-                "-m",
-                "trainjax.cli",
+                *program,
                 *(place if count > 1 else []),
                 *args,
                 *own,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import signal
 
 import numpy as np
@@ -71,6 +72,45 @@ def test_two_processes_make_one_run(flags, alone, tmp_path):
 def test_every_split_gives_the_losses_of_one_process(mesh, flags, alone, tmp_path):
     finished(flags, tmp_path, int(np.prod(list(mesh.values()))), **mesh)
     assert_same(tmp_path / "run", alone)
+
+
+LIVE = """
+import json, sys
+import jax
+given = dict(flag.lstrip("-").split("=") for flag in sys.argv[1:])
+from trainjax import models, optim, parallel, train, tree
+if "coordinator" in given:
+    parallel.initialize(given["coordinator"], int(given["num-processes"]), int(given["process-id"]))
+mesh = parallel.mesh(fsdp=-1)
+state = train.init(models.load(given["model"], mesh=mesh).params, optim.chain(optim.Chain(learning_rate=0.1)))
+held = lambda leaf: sum(shard.data.nbytes for shard in leaf.addressable_shards)
+leaves = tree.flatten(state._replace(key=()))
+live = sum(map(held, jax.live_arrays()))
+print(json.dumps({"leaves": {name: held(leaf) for name, leaf in leaves.items()}, "live": live}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_each_process_holds_its_share_of_what_is_split(count, flags, tmp_path):
+    """Bytes of params and optimizer state on a process's devices; small norms are whole on each."""
+    held = {}
+    for number in (1, count):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        model = next(flag for flag in flags if flag.startswith("--model="))
+        job = Processes(number, [model], folder, program=["-c", LIVE])
+        assert job.wait() == [0] * number, job.said()
+        held[number] = [json.loads(job.said(n).splitlines()[-1]) for n in range(number)]
+    (alone,) = held[1]
+    for process in held[count]:
+        shares = {name: alone["leaves"][name] / size for name, size in process["leaves"].items()}
+        matrices = [
+            share for name, share in shares.items() if "kernel" in name or "embedding" in name
+        ]
+        assert matrices
+        assert set(matrices) == {float(count)}
+        assert process["live"] < 1.02 * alone["live"] / count
 
 
 @pytest.mark.slow

@@ -211,3 +211,35 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path):
     assert said.startswith(f"the checkpoint of step 2 could not be written to {tmp_path}: ")
     assert "File too large" in said
     assert step == "1"
+
+
+AWAY = """
+import errno, logging, resource, sys, time
+import jax, jax.numpy as jnp, optax
+from trainjax import retries, train
+from trainjax.train.fit import _finish
+retries.TRANSIENT.add(errno.EFBIG)
+noise = lambda size: jax.random.normal(jax.random.key(0), (size,))
+checkpoints = train.Checkpoints(sys.argv[1])
+state = lambda step, size: train.init({"a": noise(size)}, optax.sgd(0.1))._replace(step=jnp.int32(step))
+limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def back(pause):
+    print("pause", pause)
+    limit(resource.RLIM_INFINITY if pause == 2.0 else 100_000)
+time.sleep = back
+limit(100_000)
+checkpoints.save(state(1, 1_000_000), {})
+checkpoints.save(state(2, 1_000_000), {})  # takes the place of the first
+_finish(checkpoints, lambda: checkpoints.save(state(2, 1_000_000), {}))
+time.sleep(0.0)
+checkpoints.close()
+print(train.Checkpoints(sys.argv[1]).restore(state(0, 1_000_000)).step)
+"""
+
+
+def test_a_filesystem_that_is_away_for_a_moment_is_asked_again(tmp_path):
+    command = [sys.executable, "-c", AWAY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == "2"
+    assert "the next one takes its place" in done.stderr
+    assert "writing it again" in done.stderr

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
@@ -48,7 +47,7 @@ def with_reference(
     for batch in plan.epoch(examples, 0):
         values = logprobs(to_devices(fill(examples, plan, batch, rows=rows), mesh, plan.batch_size))
         for (example,), row in zip(
-            batch.rows, _on_host(values), strict=False
+            batch.rows, platform.get(values), strict=False
         ):  # the last may be fewer
             here = examples.slice_of(example)
             found[here] = row[: here.stop - here.start]
@@ -103,12 +102,3 @@ def load_reference(path: str | Path, examples: Examples, model: str) -> Examples
 
 def _of(examples: Examples, model: str) -> dict[str, str]:
     return {"examples": examples.fingerprint(), "weights": model}
-
-
-def _on_host(values: Any) -> np.ndarray:
-    """The whole array, of all processes."""
-    if not values.is_fully_addressable:
-        from jax.experimental.multihost_utils import process_allgather
-
-        return np.asarray(process_allgather(values, tiled=True))
-    return np.asarray(jax.device_get(values))

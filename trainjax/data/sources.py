@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from trainjax.retries import retried
+
 Row = Mapping[str, Any]
 
 
@@ -48,7 +50,7 @@ def read(name: str | Path) -> Source:
         return _saved_dataset(path)
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
-    rows = _read_file(path)
+    rows = retried(_read_file, path)
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows

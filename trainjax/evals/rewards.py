@@ -73,9 +73,11 @@ def scores(
     """
     pytree = as_partial(scorer)
     found: dict[int, np.ndarray] = {}
+    rows = pipeline.own_rows(plan.batch_size, mesh)
     for batch in plan.epoch(examples, 0):
-        arrays = pipeline.to_devices(data.fill(examples, plan, batch), mesh, plan.batch_size)
-        given = np.asarray(_scored(pytree, params, arrays))
+        filled = data.fill(examples, plan, batch, rows=rows)
+        arrays = pipeline.to_devices(filled, mesh, plan.batch_size)
+        given = platform.get(_scored(pytree, params, arrays))
         if examples.groups is None or given.shape[2] != examples.groups.size:
             raise ValueError(
                 f"the scorer gives {given.shape[2]} scores a group; of groups of another size or none it "

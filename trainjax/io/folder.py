@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trainjax.io import tokenizer as tokenizers
+from trainjax.retries import retried
 from trainjax.types import Blocks
 
 _INDEX = "model.safetensors.index.json"
@@ -40,12 +41,15 @@ class HfFolder:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             raise ValueError(f"{self.path} is not a model folder: it has no config.json")
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = retried(_read_json, self.path / "config.json")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, (_, shape) in self._index.items()}
 
     def read(self, name: str) -> np.ndarray:
+        return retried(self._read, name)
+
+    def _read(self, name: str) -> np.ndarray:
         file, _ = self._index[name]
         # Opened anew for each tensor, with pread: a mapping that stays open keeps every page that
         # was read in the process's resident memory, which doubles the peak of loading.
@@ -241,7 +245,14 @@ def written(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write, which takes its place when the block ends well."""
+    """A temporary file beside `path` to write, which takes its place when the block ends well.
+
+    Of several processes the first one writes; the others' file is for nothing, and goes.
+    """
+    if not is_writer():
+        with tempfile.TemporaryDirectory() as nothing:
+            yield Path(nothing) / path.name
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary

@@ -2,6 +2,7 @@
 
 from trainjax.parallel.cluster import (
     Cluster,
+    as_first,
     check_agreement,
     find,
     initialize,
@@ -15,6 +16,7 @@ from trainjax.parallel.rules import DECODER, place, rows, shardings, spec
 __all__ = [
     "DECODER",
     "Cluster",
+    "as_first",
     "check_agreement",
     "find",
     "initialize",

@@ -117,6 +117,11 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def as_first(fact: bool) -> bool:
+    """What the first process found, for all: each for itself may look at a file at another moment."""
+    return fact if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(fact))
+
+
 def check_agreement(settings: Mapping[str, Any]) -> None:
     """Raises where processes of one run differ in a setting, with both values.
 

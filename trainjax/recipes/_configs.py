@@ -156,3 +156,5 @@ class TrainConfig(StepConfig):
     """Checkpoints kept."""
     eval_every: int = 0
     """Steps between evaluations; one at the end in any case."""
+    stuck_after: float = 600.0
+    """Seconds after which a step that has not ended is reported with the stack; 0 for never."""

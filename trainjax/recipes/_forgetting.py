@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trainjax import evals
+from trainjax import evals, parallel
+from trainjax.io import folder
 
 Scores = Mapping[str, Sequence[float]]
 """By name of the score, its value on each task."""
@@ -64,11 +65,14 @@ def write(report: Report, path: Path) -> None:
     before, *after = report.scores
     matrices = {name: [list(scores[name]) for scores in after] for name in before}
     found = report._asdict() | {"score": report.score, "untrained": before, "scores": matrices}
-    path.write_text(json.dumps(found | {"measures": report.measures()}, indent=1) + "\n")
+    with folder.replaced(path) as temporary:
+        temporary.write_text(json.dumps(found | {"measures": report.measures()}, indent=1) + "\n")
 
 
 def show(report: Report) -> None:
     """The matrix and its measures, on the terminal."""
+    if not parallel.is_first():
+        return
     title = f"{report.method['name']}: {report.score.replace('_', ' ')}"
     table = Table("", *report.tasks, title=title, title_justify="left")
     for head, values in report.rows():
@@ -102,4 +106,5 @@ def plot(report: Report, path: Path) -> None:
     axes.set_yticks(range(shape[0]), [head.replace("_", " ") for head in heads])
     title = f"{report.method['name']}: {report.score}, %".replace("_", " ")
     axes.set_title(title, loc="left", fontsize="medium")
-    figure.savefig(path)
+    with folder.replaced(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainjax import data, policies
+from trainjax import data, parallel, policies
 from trainjax.models import Model
 from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
@@ -96,14 +96,15 @@ def _cached(
     if config.base_format is not None:  # the fingerprint is of the weights before
         weights += f"-{config.base_format}"
     path = _beside(name, config.out)
-    if path.exists():
+    if parallel.as_first(path.exists()):
         say(f"the reference's log-probabilities are in {path}")
         return data.load_reference(path, examples, weights)
     say(f"computing the reference's log-probabilities, for {path} ...")
     logprobs = policies.reference_logprobs(policies.reference(reference))
     mesh = config.mesh.mesh()
     examples = data.with_reference(examples, logprobs, batch_size=config.batch_size, mesh=mesh)
-    data.save_reference(path, examples, weights)
+    if parallel.is_first():
+        data.save_reference(path, examples, weights)
     return examples
 
 

@@ -140,6 +140,7 @@ def run_job(config: TrainConfig, job: Job) -> None:
                     targets=float(examples.trained.mean()) if job.tells_tokens else 0.0,
                 ),
                 num_tokens=num_tokens,
+                stuck_after=config.stuck_after,
             )
     job.save(model, evaluated(state))
 

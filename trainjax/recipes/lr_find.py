@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
-from trainjax import data, losses, optim, train
+from trainjax import data, losses, optim, parallel, train
+from trainjax.io import folder
 from trainjax.policies import policy
 from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
@@ -78,10 +79,12 @@ def main(config: Config) -> None:
     points = _test(config)
     found = suggestion(points)
     lines = "".join(json.dumps(point._asdict()) + "\n" for point in points)
-    (config.out / "lr_find.jsonl").write_text(lines, encoding="utf-8")
+    with folder.replaced(config.out / "lr_find.jsonl") as temporary:
+        temporary.write_text(lines, encoding="utf-8")
     common.save_config(config, config.out / "config.yaml")
     plot(points, found, config.out / "lr_find.png")
-    print(f"learning rate {found.learning_rate:.2g}")
+    if parallel.is_first():
+        print(f"learning rate {found.learning_rate:.2g}")
     common.say(
         f"the loss falls fastest at {found.steepest:.2g} and is least at {found.largest:.2g}; "
         f"the curve is {config.out / 'lr_find.png'}"
@@ -191,7 +194,8 @@ def plot(points: Sequence[Point], found: Suggestion, path: Path) -> None:
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per token)")
     axes.set_ylim(top=top)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    with folder.replaced(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 _FEWEST = 10

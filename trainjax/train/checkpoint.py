@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from trainjax import tree
+from trainjax import retries, tree
 from trainjax.train.state import TrainState
 
 _MANIFEST = "manifest.json"
@@ -69,10 +69,17 @@ class Checkpoints:
     def save(self, state: TrainState, extra: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint of the state; returns once the arrays have been copied.
 
+        Where the one before it failed because the filesystem was away for a moment, this one takes its place.
+
         Raises:
             OSError: the one before it could not be written (a full disk, a folder gone).
         """
-        self.wait()
+        try:
+            self.wait()
+        except OSError as error:
+            if not retries.is_transient(error):
+                raise
+            _log.warning("%s; the next one takes its place", error)
         step = int(state.step)
         self._saving, self._arrays = step, _shapes(state)
         # A copy: training goes on and donates the state, while a thread still writes the arrays.
@@ -150,7 +157,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(jax.tree.map(_abstract, _as_arrays(state))),
             extra=ocp.args.JsonRestore(),
         )
-        found = self._manager.restore(step, args=items)
+        found = retries.retried(self._manager.restore, step, args=items)
         return Restored(_with_key_of(state, found.state), found.extra, step)
 
     def _write_manifest(self) -> None:
@@ -174,10 +181,10 @@ class Checkpoints:
         """What is wrong with a checkpoint's files, or nothing."""
         folder = self._path(step)
         try:
-            expected = _load_manifest(folder)["files"]
+            expected = retries.retried(_load_manifest, folder)["files"]
         except (OSError, ValueError) as error:
             return f"its list of checksums cannot be read: {error}"
-        found = _checksums(folder)
+        found = retries.retried(_checksums, folder)
         for name, checksum in expected.items():
             if name not in found:
                 return f"{name} is missing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -15,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from trainjax import platform, sharing
+from trainjax import platform, retries, sharing
 from trainjax.train.checkpoint import Checkpoints
 from trainjax.train.metrics import Sink, peak_memory_bytes
 from trainjax.train.state import TrainState
 from trainjax.train.step import Step
+from trainjax.train.watch import Watch
 from trainjax.types import Batch, Loss, Metrics, Params
+
+_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -67,6 +71,7 @@ def fit(
     settings: Mapping[str, Any] | None = None,
     derived: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record,
     num_tokens: int = 0,
+    stuck_after: float = 600.0,
 ) -> TrainState:
     """Runs `step` until `steps` are done: reports, evaluates, saves, stops cleanly.
 
@@ -89,6 +94,7 @@ def fit(
         settings: JSON that goes into checkpoints, to be compared on resuming.
         derived: adds to a record what the loop cannot know: learning rate, MFU.
         num_tokens: tokens seen before.
+        stuck_after: seconds after which a step that has not ended is reported, with the stack; 0 for never.
 
     Returns:
         The state after the last step.
@@ -99,16 +105,17 @@ def fit(
     """
     report = _Reporter(sinks, derived, checkpoints, num_tokens)
 
-    def save(state: TrainState) -> None:
-        if checkpoints is not None:
-            extra = {"batches": batches.get_state(), "num_tokens": report.num_tokens}
-            checkpoints.save(state, extra | {"settings": dict(settings or {})})
+    def extra() -> dict[str, Any]:
+        where = {"batches": batches.get_state(), "num_tokens": report.num_tokens}
+        return where | {"settings": dict(settings or {})}
 
     several = jax.process_count() > 1
     # A signal reaches one process. JAX has all of them agree on the step after which they stop.
     is_preempted = multihost_utils.reached_preemption_sync_point if several else lambda step: False
-    with _signals(*([] if several else [signal.SIGTERM])) as received:
+    others = [] if several else [signal.SIGTERM]
+    with _signals(*others) as received, Watch(stuck_after) as watch:
         for number in range(int(state.step) + 1, steps + 1):
+            watch.begin(number)
             batch = next(batches)
             state, metrics = step(state, loss, batch)
             report.dispatched(number, metrics, batch)
@@ -120,15 +127,34 @@ def fit(
                 report.flush()
             if evaluate is not None and (number == steps or due(eval_every)):
                 report.add(number, evaluate(evaluated(state)))
-            if last or due(save_every):
-                save(state)
+            if checkpoints is not None and (last or due(save_every)):
+                checkpoints.save(state, extra())
             if received:
                 break
     if checkpoints is not None:
-        checkpoints.wait()
+        _finish(checkpoints, lambda: checkpoints.save(state, extra()))
     if received:
         raise Stopped(received[0], int(state.step))
     return state
+
+
+def _finish(checkpoints: Checkpoints, save: Callable[[], None]) -> None:
+    """Waits for the last checkpoint; writes it again where the filesystem was away for a moment.
+
+    Of several processes one alone may know that it was, so they raise.
+    """
+    try:
+        checkpoints.wait()
+    except OSError as error:
+        if jax.process_count() > 1 or not retries.is_transient(error):
+            raise
+        _log.warning("%s; writing it again", error)
+
+        def again() -> None:
+            save()
+            checkpoints.wait()
+
+        retries.retried(again)
 
 
 class _Pending(NamedTuple):

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainjax.retries import retried
+
 Record = Mapping[str, Any]
 """`step` and the metrics of that step, as plain numbers."""
 
@@ -47,7 +49,7 @@ def jsonl(path: Path, *, after_step: int = 0) -> Iterator[Sink]:
         shorter.write_text("".join(f"{line}\n" for line in kept))
         shorter.replace(path)  # at once: whoever is killed here has lost no record
     with path.open("a", buffering=1) as file:
-        yield lambda record: print(json.dumps(dict(record)), file=file)
+        yield lambda record: retried(print, json.dumps(dict(record)), file=file)
 
 
 def _is_before(line: str, after_step: int) -> bool:
