@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from trainjax import platform
 from trainjax.data.encode import Examples
 from trainjax.data.packing import unpacked
 from trainjax.data.pipeline import Plan, fill, own_rows, to_devices
