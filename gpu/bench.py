@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -155,6 +156,10 @@ def results(
     """
     for case in cases:
         about = {"name": case.name, **dataclasses.asdict(case)}
+        if missing := lacking(case):
+            why = f"{' and '.join(missing)} cannot be imported"
+            yield about | {"status": "not run", "why": why}
+            continue
         left = deadline - now()
         if left < case.seconds:
             why = f"out of time: {max(left, 0):.0f} s were left, it takes about {case.seconds}"
@@ -162,6 +167,12 @@ def results(
             continue
         found = run(json.dumps(dataclasses.asdict(case)), min(left, 2 * case.seconds + 30))
         yield about | found.pop("figures", {}) | found
+
+
+def lacking(case: Case) -> list[str]:
+    """Packages of the other side that are not there; TRL has a loop that stands for it."""
+    needed = ("torch", "transformers", "peft") if case.side == "torch" else ()
+    return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
 class Runner:

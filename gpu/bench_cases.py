@@ -142,8 +142,8 @@ CPU = [
 def batch(case: Case) -> dict[str, np.ndarray]:
     """One batch of packed rows of random tokens, as the library's own pipeline fills it.
 
-    Lengths are log-normal with a median of 300 tokens. Of an example all tokens but the first are trained on;
-    of a pair the completions are, and the prompt is there once for both.
+    Lengths are log-normal with a median of 300 tokens, or an eighth of a row. Of an example all tokens but
+    the first are trained on; of a pair the completions are, and the prompt is there once for both.
     """
     from trainjax import data
 
@@ -156,8 +156,9 @@ def batch(case: Case) -> dict[str, np.ndarray]:
 
 def _lengths(rng: np.random.Generator, case: Case) -> np.ndarray:
     """Enough of them for many batches, so that rows are nearly full."""
-    count = 16 * case.rows * case.length // 300
-    return np.clip(rng.lognormal(np.log(300), 0.8, count).astype(int), 16, case.length)
+    median = min(300, case.length // 8)
+    count = 16 * case.rows * case.length // median
+    return np.clip(rng.lognormal(np.log(median), 0.8, count).astype(int), 16, case.length)
 
 
 def _texts(rng: np.random.Generator, case: Case, vocab: int) -> Any:
@@ -209,7 +210,7 @@ def needed_flops(
 
     total = flops(context, adapter_size)
     if pairs:  # half of what frozen weights take, a third of what attention does
-        total += flops(0, 0) / 2 + (flops(context, 0) - flops(0, 0)) / 3
+        total += flops(0.0, 0) / 2 + (flops(context, 0) - flops(0.0, 0)) / 3
     return total
 
 
