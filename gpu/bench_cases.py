@@ -106,6 +106,7 @@ GPU = [
     Case("8b", "qlora", 4096, 2, seconds=75),
     Case("1b", "dpo", 2048, 8),
     Case("1b", "full", 4096, 4),
+    _torch("1b", "dpo", 2048, 8, "full"),
     Case("135m", "lora", 512, 64, seconds=30),
     Case("135m", "lora", 2048, 16, seconds=30),
     Case("135m", "lora", 8192, 4, seconds=30),
@@ -133,6 +134,7 @@ CPU = [
         for method in ("lora", "qlora", "full", "dpo")
     ),
     _torch("tiny", "lora", 512, 4, "none", seconds=30, steps=2),
+    _torch("tiny", "dpo", 512, 4, "none", seconds=30, steps=2),
     Case("tiny", "generate", 64, 1, remat="none", seconds=30, steps=2),
     _torch("tiny", "generate", 64, 1, "none", seconds=30, steps=2),
 ]
@@ -177,7 +179,7 @@ def _pairs(rng: np.random.Generator, case: Case, vocab: int) -> Any:
     from trainjax import data
     from trainjax.data.encode import Groups
 
-    lengths = _lengths(rng, case) // 4 * 4
+    lengths = pair_lengths(case)
     offsets = np.cumsum([0, *lengths])
     branches = np.concatenate([np.repeat([0, 0, 1, 2], n // 4) for n in lengths]).astype(np.int32)
     targets = (branches > 0) & (np.diff(branches, prepend=0) == 0)
@@ -185,6 +187,11 @@ def _pairs(rng: np.random.Generator, case: Case, vocab: int) -> Any:
     groups = Groups(2, branches, targets, {})
     best = targets & (branches == 1)
     return data.Examples(tokens, best, offsets, np.arange(len(lengths)), groups=groups)
+
+
+def pair_lengths(case: Case) -> np.ndarray:
+    """Tokens of each pair, whose prompt is there once."""
+    return _lengths(np.random.default_rng(0), case) // 4 * 4
 
 
 def dense(case: Case) -> np.ndarray:

@@ -95,13 +95,17 @@ def training(case: Case, trace: Path | None) -> dict[str, Any]:
     if not np.isfinite(values).all():
         raise ValueError(f"the losses {values} are not finite")
     peak = metrics.peak_memory_bytes()
+    profile_error = None
     if trace is not None:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
-        with jax.profiler.trace(str(trace), profiler_options=options):
-            for _ in range(2):
-                state, told = step(state, loss, arrays)
-                jax.block_until_ready((state, told))
+        try:
+            with jax.profiler.trace(str(trace), profiler_options=options):
+                for _ in range(2):
+                    state, told = step(state, loss, arrays)
+                    jax.block_until_ready((state, told))
+        except Exception as error:  # a profiler that is refused must not cost the figures
+            profile_error = str(error)
 
     real = host["segments"] > 0
     targets = host["completions"] > 0 if case.method == "dpo" else host["weights"] > 0
@@ -127,6 +131,7 @@ def training(case: Case, trace: Path | None) -> dict[str, Any]:
         "all_seconds": seconds,
         "loss": values,
         **pairs,
+        **({} if profile_error is None else {"profile_error": profile_error}),
     }
 
 

@@ -210,7 +210,8 @@ one. *dispatch*: host time until the call of a step returns, the device being id
 The other side: transformers' Llama with sdpa attention, bf16 autocast, an adapter in float32, fused AdamW, in
 TRL's SFTTrainer where TRL can be imported (else a plain loop). Its rows are one text each, so it needs no
 mask and separates no examples, which is in its favour; ours are packed with examples of a median of 300
-tokens, or an eighth of a row. QLoRA and DPO have no other side here."""
+tokens, or an eighth of a row. TRL's DPOTrainer pads each completion with a prompt of its own; its tokens are
+counted as ours are, a prompt once. QLoRA has no other side here: it would need bitsandbytes."""
 
 _GENERATION_NOTES = """\
 Greedy, a prompt of 64 tokens, prefill included. The limit is the memory's bandwidth over the bytes that a
@@ -250,6 +251,8 @@ def _generation(results: Sequence[Result]) -> str:
 
 
 def _costs(costs: Mapping[str, Any]) -> str:
+    if "why" in costs:
+        return f"There is no profile: {costs['why']}"
     return _table(
         ["operation", "kernel", "of the model's", "ms a step", "share", "runs a step"],
         [

@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_cases import MODELS, PROMPT, Case, decode_bytes, dense, needed_flops
+from bench_cases import (
+    MODELS,
+    PROMPT,
+    Case,
+    decode_bytes,
+    dense,
+    needed_flops,
+    pair_lengths,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -34,8 +42,10 @@ def measure(case: Case) -> dict[str, Any]:
     """The figures of a case."""
     if case.method == "generate":
         return generate(case)
-    if case.method not in ("lora", "full"):
-        raise ValueError(f"{case.method} has no other side here")
+    if case.method == "dpo":
+        return preferences(case)
+    if case.method == "qlora":
+        raise ValueError("qlora has no other side here: it would need bitsandbytes")
     model = random_model(case)
     _forget_peak()
     has_trl = importlib.util.find_spec("trl") is not None
@@ -72,11 +82,66 @@ def random_model(case: Case) -> Any:
 
 def with_trl(case: Case, model: Any) -> tuple[int, list[float]]:
     """TRL's SFTTrainer on rows that are tokens already: trained numbers, and the seconds of each step."""
+    from trl import SFTConfig, SFTTrainer
+
+    rows = np.tile(dense(case), (3 + case.steps, 1)).tolist()  # the loader reads one batch ahead
+    return _trained_by(SFTTrainer, SFTConfig, case, case.rows, model, {"input_ids": rows})
+
+
+def preferences(case: Case) -> dict[str, Any]:
+    """TRL's DPOTrainer on pairs of the lengths that ours have, in smaller batches: it pads them.
+
+    Tokens count as ours do, a prompt once, and all seconds: steps differ by their longest pair.
+    """
+    from trl import DPOConfig, DPOTrainer
+
+    model = random_model(case)
+    _forget_peak()
+    batch = 2 * case.rows
+    lengths = (
+        pair_lengths(case)[: batch * (3 + case.steps)] // 4
+    )  # of a completion; a prompt has two
+    words = [" ".join(WORDS[: n % len(WORDS)] + WORDS * (n // len(WORDS))) for n in lengths]
+    data = {
+        "prompt": [f"{text} {text} " for text in words],
+        "chosen": words,
+        "rejected": [f"<eos> {text}" for text in words],
+    }
+    parameters, seconds = _trained_by(DPOTrainer, DPOConfig, case, batch, model, data)
+    each = sum(seconds[2:]) / case.steps
+    tokens = 4 * float(lengths.mean()) * batch
+    return {
+        "implementation": "TRL + PEFT",
+        "attention": "sdpa",
+        "tokens_per_step": tokens,
+        "pairs_per_step": batch,
+        "seconds_per_step": each,
+        "tokens_per_second": tokens / each,
+        "flops_per_token": needed_flops(
+            case,
+            context=1.75 * float((lengths**2).sum() / lengths.sum()),
+            targets=0.5,
+            adapter_size=parameters,
+            pairs=True,
+        ),
+        "peak_memory_bytes": _peak(),
+        "compile_seconds": seconds[0] - each,
+        "all_seconds": seconds,
+    }
+
+
+WORDS = [f"w{number}" for number in range(100)]
+
+
+def _trained_by(
+    trainer: Any, settings: Any, case: Case, batch: int, model: Any, columns: dict[str, Any]
+) -> tuple[int, list[float]]:
+    """Trained numbers, and the seconds of each step."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     class Clock(TrainerCallback):
         """When each step ended."""
@@ -90,19 +155,20 @@ def with_trl(case: Case, model: Any) -> tuple[int, list[float]]:
 
         on_train_begin = on_step_end = mark
 
-    clock, steps = Clock(), 2 + case.steps
-    words = Tokenizer(WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    clock = Clock()
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<eos>", pad_token="<eos>"
     )
-    rows = np.tile(dense(case), (steps + 1, 1)).tolist()  # the loader reads one batch ahead
-    config = SFTConfig(
+    config = settings(
         output_dir=tempfile.mkdtemp(),
         use_cpu=not ON_GPU,
         bf16=True,
         max_length=case.length,
-        max_steps=steps,
-        per_device_train_batch_size=case.rows,
+        max_steps=2 + case.steps,
+        per_device_train_batch_size=batch,
         gradient_checkpointing=case.remat == "full",
         torch_compile=case.compiled,
         learning_rate=1e-4,
@@ -112,16 +178,16 @@ def with_trl(case: Case, model: Any) -> tuple[int, list[float]]:
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(
+    running = trainer(
         model=model,
         args=config,
-        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer,
-        peft_config=LORA if case.method == "lora" else None,
+        peft_config=None if case.method == "full" else LORA,
         callbacks=[clock],
     )
-    trainer.train()
-    return _trained(trainer.model), np.diff(clock.marks).tolist()
+    running.train()
+    return _trained(running.model), np.diff(clock.marks).tolist()
 
 
 def in_a_loop(case: Case, model: Any) -> tuple[int, list[float]]:

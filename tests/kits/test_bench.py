@@ -1,6 +1,7 @@
 """The GPU benchmark: its formulas, its budget of time, what a failure leaves, its reader of profiles."""
 
 import dataclasses
+import doctest
 import json
 import os
 import subprocess
@@ -145,6 +146,15 @@ def test_cases_that_no_longer_fit_are_named_and_shorter_ones_go_on():
     assert [r["name"] for r in found] == [case.name for case in cases]
 
 
+def test_pairs_on_the_other_side_need_trl(monkeypatch):
+    there = {"torch", "transformers", "peft"}
+    monkeypatch.setattr(
+        bench.importlib.util, "find_spec", lambda name: name if name in there else None
+    )
+    assert bench.lacking(Case("1b", "dpo", 2048, 8, side="torch")) == ["trl"]
+    assert bench.lacking(Case("8b", "lora", 4096, 2, side="torch")) == []
+
+
 def test_no_case_runs_past_the_deadline():
     clock = Clock(takes=10**6)
     cases = [Case("tiny", "lora", 512, rows, seconds=50) for rows in (1, 2, 3, 4)]
@@ -254,26 +264,35 @@ def test_no_aim_is_judged_on_a_cpu_or_without_the_other_side():
     assert verdicts == ["missed", "not measured", "not measured", "met", "met"]
 
 
+def report(probe: dict, cases: list) -> dict:
+    return {
+        "command": "python gpu/bench.py",
+        "date": "2026-11-22",
+        "seconds": 61.0,
+        "minutes": 9.0,
+        "machine": {"processor": "one", "cores": 2, "memory_gb": 24.0, "python": "3.12"},
+        "versions": {"jax": "0.11.2", "trl": None},
+        "probe": probe,
+        "cases": cases,
+        "aims": bench_report.aims(cases, probe),
+        "costs": None,
+    }
+
+
 def page(probe: dict, cases: list) -> str:
-    return bench_report.page(
-        {
-            "command": "python gpu/bench.py",
-            "date": "2026-11-22",
-            "seconds": 61.0,
-            "minutes": 9.0,
-            "machine": {"processor": "one", "cores": 2, "memory_gb": 24.0, "python": "3.12"},
-            "versions": {"jax": "0.11.2", "trl": None},
-            "probe": probe,
-            "cases": cases,
-            "aims": bench_report.aims(cases, probe),
-            "costs": None,
-        }
-    )
+    return bench_report.page(report(probe, cases))
 
 
 def test_the_page_says_first_that_there_was_no_gpu():
     assert page(CPU, []).splitlines()[2].startswith("**No GPU was to be had.**")
     assert "No GPU" not in page(H100, MEASURED)
+
+
+def test_a_refused_profile_is_told_on_the_page():
+    told = bench_report.page(
+        {**report(H100, MEASURED), "costs": {"case": OURS.name, "why": "CUPTI is not permitted"}}
+    )
+    assert "There is no profile: CUPTI is not permitted" in told
 
 
 def test_the_page_names_what_was_not_measured_and_why():
@@ -337,6 +356,10 @@ def test_operations_are_traced_to_the_model_through_the_programs_text(tmp_path):
         "  ROOT %copy.2 = f32[8]{0} copy(%c)\n"
     )
     assert bench_trace.sources_of(tmp_path) == {"dot.7": "jvp(Decoder)/layers/mlp/up/dot_general"}
+
+
+def test_the_example_of_a_shortened_source_holds():
+    assert doctest.testmod(bench_trace) == (0, 1)
 
 
 def test_a_folder_without_a_trace_is_told(tmp_path):
