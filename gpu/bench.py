@@ -271,7 +271,7 @@ def version(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """What the host is."""
+    """What the host is, and how many processes wanted its cores in the minute before."""
     info = Path("/proc/cpuinfo")
     models = [
         line.split(":", 1)[1].strip()
@@ -283,6 +283,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         "python": platform.python_version(),
+        "load": os.getloadavg()[0],
     }
 
 

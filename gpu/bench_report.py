@@ -153,7 +153,8 @@ def _machine(report: Mapping[str, Any]) -> str:
         f"{report['date']}, {report['seconds']:.0f} s in all (at most {report['minutes']:g} minutes)."
     ]
     lines += [
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB."
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, "
+        f"load {machine['load']:.1f} at the start."
     ]
     if "measured_flops" in probe:
         published = probe["published_flops"]

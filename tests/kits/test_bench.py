@@ -270,7 +270,13 @@ def report(probe: dict, cases: list) -> dict:
         "date": "2026-11-22",
         "seconds": 61.0,
         "minutes": 9.0,
-        "machine": {"processor": "one", "cores": 2, "memory_gb": 24.0, "python": "3.12"},
+        "machine": {
+            "processor": "one",
+            "cores": 2,
+            "memory_gb": 24.0,
+            "python": "3.12",
+            "load": 0.1,
+        },
         "versions": {"jax": "0.11.2", "trl": None},
         "probe": probe,
         "cases": cases,
@@ -375,7 +381,7 @@ def test_without_a_gpu_the_script_measures_small_models_and_writes_both_files(tm
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     profile = "tiny-lora-4x512-trainjax-projections"
     command = [sys.executable, str(GPU / "bench.py"), "--out", str(tmp_path), "--only", "trainjax"]
-    command += ["--profile", profile]
+    command += ["--profile", profile, "--minutes", "20"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "bench.json").read_text())
