@@ -152,10 +152,8 @@ def _machine(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['date']}, {report['seconds']:.0f} s in all (at most {report['minutes']:g} minutes)."
     ]
-    lines += [
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, "
-        f"load {machine['load']:.1f} at the start."
-    ]
+    host = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB"
+    lines += [f"Machine: {host}, load {machine['load']:.1f} at the start."]
     if "measured_flops" in probe:
         published = probe["published_flops"]
         peak = f"{published / 1e12:.0f} TFLOP/s published, " if published else ""
