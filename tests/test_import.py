@@ -35,6 +35,13 @@ def test_no_other_framework_comes_with_the_library(statement):
     assert imported(statement) & FOREIGN == set()
 
 
+def test_what_reads_data_and_gguf_files_comes_when_it_is_used():
+    found = imported("from trainjax import data, losses, models, peft, policies, rollout, train")
+    assert (
+        found & {"grain", "gguf", "tensorflow_datasets", "tyro", "matplotlib", "pyarrow"} == set()
+    )
+
+
 def test_every_public_name_is_there():
     import trainjax
 

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -223,44 +222,6 @@ def total_weight(examples: Examples, plan: Plan, which: list[int]) -> float:
     return float((plan.weigh(examples, indices) * examples.targets[indices]).sum())
 
 
-class _Batches(grain.IterDataset[dict[str, np.ndarray]]):
-    """The endless stream of a plan's batches, as a Grain dataset: one process's rows of each."""
-
-    def __init__(self, examples: Examples, plan: Plan, rows: slice) -> None:
-        super().__init__()
-        self.examples, self.plan, self.rows = examples, plan, rows
-
-    def __iter__(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-        return _BatchIterator(self)
-
-
-class _BatchIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
-    def __init__(self, dataset: _Batches) -> None:
-        super().__init__()
-        self._dataset = dataset
-        self._epoch, self._batch = 0, 0
-        self._planned: tuple[int, list[BatchPlan]] | None = None
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        if self._batch == len(self._plan()):
-            self._epoch, self._batch = self._epoch + 1, 0
-        batch = self._plan()[self._batch]
-        self._batch += 1
-        return fill(self._dataset.examples, self._dataset.plan, batch, rows=self._dataset.rows)
-
-    def _plan(self) -> list[BatchPlan]:
-        if self._planned is None or self._planned[0] != self._epoch:
-            plan = self._dataset.plan.epoch(self._dataset.examples, self._epoch)
-            self._planned = self._epoch, plan
-        return self._planned[1]
-
-    def get_state(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "batch": self._batch}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._epoch, self._batch = state["epoch"], state["batch"]
-
-
 class Loader(Iterator[Batch]):
     """Batches on the devices, without end; `get_state` and `set_state` make it resumable.
 
@@ -277,11 +238,11 @@ class Loader(Iterator[Batch]):
     """
 
     def __init__(self, examples: Examples, plan: Plan, mesh: Mesh | None = None) -> None:
+        from trainjax.data.stream import prefetched  # Grain comes where batches are streamed
+
         self.examples, self.plan, self.mesh = examples, plan, mesh
         _check_length(plan.length, mesh)
-        stream = _Batches(examples, plan, own_rows(plan.batch_size, mesh))
-        prefetched = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2)
-        self._iterator = iter(prefetched)
+        self._iterator = prefetched(examples, plan, own_rows(plan.batch_size, mesh))
         weakref.finalize(self, self._iterator.close)  # its thread would outlive the interpreter
 
     def __next__(self) -> Batch:

@@ -8,7 +8,6 @@ from typing import Any
 
 from trainjax.io.fetch import CATALOG, fetched
 from trainjax.io.folder import HfFolder
-from trainjax.io.gguf import GgufFile
 from trainjax.tree import nearest
 from trainjax.types import Checkpoint
 
@@ -37,6 +36,8 @@ def _open(source: str | Path, patterns: tuple[str, ...]) -> Checkpoint:
         else:
             return HfFolder(path)
     if path.is_file() and path.suffix == ".gguf":
+        from trainjax.io.gguf import GgufFile
+
         return GgufFile(path)
     if path.is_file():
         raise ValueError(

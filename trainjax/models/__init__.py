@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from trainjax.models._adapters import is_scorer, load_adapter, save_adapter, save_scorer
 from trainjax.models._flax import FlaxModel
-from trainjax.models._gguf import save_gguf
 from trainjax.models._linen import from_linen
 from trainjax.models._load import load, load_scorer, random_model
 from trainjax.models._model import Model
 from trainjax.models._save import save_model
 
 if TYPE_CHECKING:
+    from trainjax.models._gguf import save_gguf as save_gguf
     from trainjax.models._nnx import from_nnx as from_nnx
 
 __all__ = [
@@ -38,7 +38,11 @@ __all__ = [
 ]
 
 
+_HOMES = {"from_nnx": "_nnx", "save_gguf": "_gguf"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "from_nnx":  # where it is used: flax.nnx is tied to a matching JAX, and Linen is not
-        return importlib.import_module("trainjax.models._nnx").from_nnx
+    # Where they are used: flax.nnx is tied to a matching JAX, and Linen is not; GGUF files need `gguf`.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"trainjax.models.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'trainjax.models' has no attribute {name!r}")
