@@ -49,9 +49,7 @@ class Collective:
         return passes * self.bytes * self.times * (self.size - 1) / self.size
 
 
-def collectives(
-    hlo: str, axes: Mapping[str, int], *, turns: float = 1.0
-) -> list[Collective]:
+def collectives(hlo: str, axes: Mapping[str, int], *, turns: float = 1.0) -> list[Collective]:
     """The collectives of a program, those between devices that are one alone left out.
 
     An all-reduce of which nothing is read but a slice is counted as the reduce-scatter that compilers for
@@ -62,17 +60,16 @@ def collectives(
         axes: the mesh, sizes by name, as its devices are numbered: the last name fastest.
         turns: of loops whose number of turns the program finds out as it runs.
     """
-    computations = dict(_computations(hlo))
-    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
-    times = _times({name: lines for name, (_, lines) in computations.items()}, entry, turns)
-    found = []
-    for name, (_, lines) in computations.items():
-        if times.get(name):
-            sliced = _sliced(lines)
-            found += [
-                c for line in lines for c in _of_line(line, axes, times[name], sliced) if c.size > 1
-            ]
-    return found
+    computations, entry = _computations(hlo)
+    times = _times(computations, entry, turns)
+    program = _Program(computations)
+    return [
+        collective
+        for name, lines in computations.items()
+        for line in (lines if times.get(name) else ())
+        for collective in _of_line(line, name, axes, times[name], program)
+        if collective.size > 1
+    ]
 
 
 def sent_by_axis(found: list[Collective]) -> dict[str, float]:
@@ -85,7 +82,9 @@ def sent_by_axis(found: list[Collective]) -> dict[str, float]:
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
-_CALLED = re.compile(r"(?:to_apply|calls|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:to_apply|calls|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _LINE = re.compile(
@@ -95,22 +94,23 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
-def _computations(hlo: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
-    lines: list[str] = []
-    name, is_entry = "", False
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the one that the program begins with."""
+    found: dict[str, list[str]] = {}
+    name = entry = ""
     for line in hlo.splitlines():
         if head := _HEAD.match(line):
-            name, is_entry, lines = head[2], bool(head[1]), []
-        elif line.startswith("}") and name:
-            yield name, (is_entry, lines)
+            name = head[2]
+            found[name] = []
+            entry = name if head[1] else entry
+        elif line.startswith("}"):
             name = ""
         elif name:
-            lines.append(line)
+            found[name].append(line)
+    return found, entry
 
 
-def _times(
-    computations: Mapping[str, list[str]], entry: str, turns: float
-) -> dict[str, float]:
+def _times(computations: Mapping[str, list[str]], entry: str, turns: float) -> dict[str, float]:
     """How often a step runs each computation."""
     times: dict[str, float] = {}
 
@@ -130,35 +130,98 @@ def _times(
     return times
 
 
-def _sliced(lines: list[str]) -> set[str]:
-    """Names of the values of which nothing is read but dynamic slices, in fusions or alone."""
-    users: dict[str, list[str]] = {}
-    for line in lines:
-        name, _, rest = line.partition(" = ")
-        for operand in set(_OPERAND.findall(rest.partition(", metadata=")[0])):
-            users.setdefault(operand, []).append(f"{name} {rest[:200].partition('(')[0]}")
-    return {name for name, by in users.items() if all("dynamic-slice" in user for user in by)}
+class _Program:
+    """Which operations read which values, through fusions."""
+
+    def __init__(self, computations: Mapping[str, list[str]]):
+        self.lines = {
+            name: {line.partition(" = ")[0].split()[-1].lstrip("%"): line for line in lines}
+            for name, lines in computations.items()
+        }
+        self.users = {name: _users(lines) for name, lines in self.lines.items()}
+
+    def is_of_product(self, computation: str, name: str) -> bool:
+        """Whether a value was made by a matrix product, in the words of the program that was traced."""
+        line = self.lines[computation].get(name, "")
+        return bool(re.search(r'op_name="[^"]*dot_general', line)) or name.startswith("dot")
+
+    def is_sliced(self, computation: str, name: str) -> bool:
+        """Whether nothing is read of a value but a dynamic slice."""
+        users = self.users[computation].get(name, [])
+        return bool(users) and all(self._slices(computation, user, name) for user in users)
+
+    def _slices(self, computation: str, user: str, name: str) -> bool:
+        line = self.lines[computation][user].partition(" = ")[2]
+        operation = _OPERATION.search(line)
+        if operation is None:
+            return False
+        operands = _OPERAND.findall(line[operation.end() :].partition(")")[0])
+        if operation[1] == "dynamic-slice":
+            return operands[0] == name
+        if operation[1] == "fusion" and (called := _CALLED.search(line)):
+            parameters = {
+                int(found[1]): inner
+                for inner, text in self.lines[called[1]].items()
+                if (found := re.search(r" parameter\((\d+)\)", text))
+            }
+            places = [place for place, operand in enumerate(operands) if operand == name]
+            return all(self.is_sliced(called[1], parameters[place]) for place in places)
+        return operation[1] in _SAME and self.is_sliced(computation, user)
+
+
+_OPERATION = re.compile(r" ([a-z][\w\-]*)\(")
+_SAME = ("bitcast", "convert", "copy", "reshape", "transpose")
+
+
+def _users(lines: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, line in lines.items():
+        text = line.partition(" = ")[2]
+        operation = _OPERATION.search(text)
+        if operation is not None:
+            for operand in set(_OPERAND.findall(text[operation.end() :].partition(")")[0])):
+                found.setdefault(operand, []).append(name)
+    return found
 
 
 def _of_line(
-    line: str, axes: Mapping[str, int], times: float, sliced: set[str]
+    line: str, computation: str, axes: Mapping[str, int], times: float, program: _Program
 ) -> Iterator[Collective]:
+    """The collective of a line; of one that was combined of several, each."""
     if not (match := _LINE.match(line)):
         return
-    name, shapes, kind, start, _, attributes = match.groups()
-    arrays = [_num_bytes(*array) for array in _ARRAY.findall(shapes)]
+    name, shapes, kind, start, operands, attributes = match.groups()
+    arrays = _ARRAY.findall(shapes)
     if start and kind != "all-reduce":  # operands and results
         arrays = arrays[len(arrays) // 2 :]
-    devices = math.prod(axes.values())
-    groups = _groups(attributes, devices)
-    size = len(groups[0])
-    scale = size if kind == "reduce-scatter" else 1
-    if kind == "all-reduce" and name in sliced:  # its result is as large as a reduce-scatter's operand
-        kind = "reduce-scatter"
-    product = bool(re.search(r'op_name="[^"]*dot_general"', attributes))
-    axis = _axis(groups, axes)
-    dtype = _ARRAY.findall(shapes)[0][0]
-    yield Collective(kind, axis, size, scale * float(sum(arrays)), times, dtype, product)
+    groups = _groups(attributes, math.prod(axes.values()))
+    size, axis = len(groups[0]), _axis(groups, axes)
+    own = "dot_general" in attributes.partition("op_name=")[2]
+    if kind == "all-to-all":  # of a tuple, an array for each device of the group
+        total = float(sum(_num_bytes(*array) for array in arrays))
+        yield Collective(kind, axis, size, total, times, arrays[0][0], own)
+        return
+    sources, values = _OPERAND.findall(operands), [name]
+    if shapes.startswith("("):
+        values = [
+            next(
+                (
+                    v
+                    for v, text in program.lines[computation].items()
+                    if re.search(rf"get-tuple-element\(.*%{re.escape(name)}\), index={i}\b", text)
+                ),
+                "",
+            )
+            for i in range(len(arrays))
+        ]
+    for array, source, value in zip(arrays, sources, values, strict=False):
+        product = (own and len(arrays) == 1) or program.is_of_product(computation, source)
+        kind_of, count = kind, float(_num_bytes(*array))
+        if kind == "reduce-scatter":
+            count *= size
+        elif kind == "all-reduce" and program.is_sliced(computation, value):
+            kind_of = "reduce-scatter"  # its operand is as large as the sum that it is cut from
+        yield Collective(kind_of, axis, size, count, times, array[0], product)
 
 
 def _num_bytes(dtype: str, shape: str) -> int:
@@ -168,9 +231,7 @@ def _num_bytes(dtype: str, shape: str) -> int:
 
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{}\s]*\})\}")
 _IOTA = re.compile(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
-_MESH = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\)?)\))? \{([^}]*)\}"
-)
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\)?)\))? \{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 
 
@@ -192,7 +253,9 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
 
 def _iota(text: str) -> np.ndarray:
     """`[2,4]<=[4,2]T(1,0)`: the numbers from 0, reshaped, transposed and reshaped again."""
-    shape, source, *order = (tuple(map(int, re.findall(r"\d+", part))) for part in re.findall(r"[\[(][\d,]+[\])]", text))
+    shape, source, *order = (
+        tuple(map(int, re.findall(r"\d+", part))) for part in re.findall(r"[\[(][\d,]+[\])]", text)
+    )
     numbers = np.arange(math.prod(source)).reshape(source)
     return (numbers.transpose(order[0]) if order else numbers).reshape(shape)
 
@@ -202,12 +265,18 @@ def _of_mesh(sizes: str, ids: str | None, along: str, devices: int) -> np.ndarra
     order = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
     numbers = np.arange(devices)
     if ids is not None:
-        source, *turned = (tuple(map(int, re.findall(r"\d+", part))) for part in re.findall(r"[\[(][\d,]+[\])]", ids))
+        source, *turned = (
+            tuple(map(int, re.findall(r"\d+", part)))
+            for part in re.findall(r"[\[(][\d,]+[\])]", ids)
+        )
         numbers = numbers.reshape(source)
         numbers = numbers.transpose(turned[0]) if turned else numbers
     split: list[int] = []
     chosen: list[int] = []
-    parts = {n: (int(a or 1), int(b or 0)) for n, a, b in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)}
+    parts = {
+        n: (int(a or 1), int(b or 0))
+        for n, a, b in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
+    }
     for name, size in order.items():
         if name not in parts:
             split.append(size)

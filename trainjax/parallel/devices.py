@@ -44,24 +44,33 @@ class Device:
     cores: int = 1
 
 
-_GIB = 2.0**30
-
-
-def _tpu(name: str, *figures: float, together: int, cores: int = 1) -> Device:
-    flops, memory, bandwidth, links, link = figures
-    # 200 Gb/s of network a host of four chips: 6.25e9 a chip.
-    return Device(name, flops, memory, bandwidth, links * link, 6.25e9, together, True, cores)
+def _tpu(
+    name: str,
+    flops: float,
+    memory: float,
+    bandwidth: float,
+    links: int,
+    link: float,
+    *,
+    together: int,
+    cores: int = 1,
+) -> Device:
+    """A TPU, by its memory in GiB and by its links to neighbours and the speed of one."""
+    network = 6.25e9  # 200 Gb/s for a host of four chips
+    return Device(
+        name, flops, memory * 2**30, bandwidth, links * link, network, together, True, cores
+    )
 
 
 _ALL = (
-    _tpu("v4", 275e12, 32 * _GIB, 1.2e12, 6, 45e9, together=4096, cores=2),
-    _tpu("v5e", 197e12, 16 * _GIB, 8.1e11, 4, 45e9, together=256),
-    _tpu("v5p", 459e12, 95 * _GIB, 2.765e12, 6, 90e9, together=8960, cores=2),
-    _tpu("v6e", 918e12, 32 * _GIB, 1.6e12, 4, 90e9, together=256),
-    Device("a100", 312e12, 80 * _GIB, 2.039e12, 300e9, 25e9, 8),
-    Device("h100", 989e12, 80 * _GIB, 3.35e12, 450e9, 50e9, 8),
+    _tpu("v4", 275e12, 32.0, 1.2e12, 6, 45e9, together=4096, cores=2),
+    _tpu("v5e", 197e12, 16.0, 8.1e11, 4, 45e9, together=256),
+    _tpu("v5p", 459e12, 95.0, 2.765e12, 6, 90e9, together=8960, cores=2),
+    _tpu("v6e", 918e12, 32.0, 1.6e12, 4, 90e9, together=256),
+    Device("a100", 312e12, 80 * 2.0**30, 2.039e12, 300e9, 25e9, 8),
+    Device("h100", 989e12, 80 * 2.0**30, 3.35e12, 450e9, 50e9, 8),
     Device("h200", 989e12, 141e9, 4.8e12, 450e9, 50e9, 8),
-    Device("b200", 2250e12, 180e9, 8e12, 900e9, 50e9, 8),
+    Device("b200", 2250e12, 180e9, 8.0e12, 900e9, 50e9, 8),
 )
 DEVICES: Mapping[str, Device] = {device.name: device for device in _ALL}
 """By name, in small letters."""

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from trainjax import losses, parallel, quant, train, tree
 from trainjax.io.hub import read_config
@@ -99,7 +99,7 @@ def abstract_model(
 
 def stored_dtype(hf: Mapping[str, Any], settings: StepConfig) -> common.DtypeName:
     """What the weights are kept in: what the settings say, or the model's `config.json`."""
-    found = settings.dtype or hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
+    found = settings.dtype or hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if found not in common.DTYPES:
         raise ValueError(
             f"config.json says dtype={found!r}; give --dtype, one of {', '.join(common.DTYPES)}"
@@ -205,9 +205,8 @@ class Program:
         return program.compile(compiler_options=_FAST if fast else None)
 
 
-# Collectives stay apart, so that each can be told by what it is of; LLVM does as little as it can.
 _FAST = {
-    "xla_disable_hlo_passes": "float-normalization-bf16,all-reduce-combiner",
+    "xla_disable_hlo_passes": "float-normalization-bf16",
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
@@ -314,7 +313,8 @@ def sent_as_on(found: list[Collective], width: int) -> dict[str, float]:
 
 
 def _as_on(c: Collective, width: int) -> float:
-    return c.sent * (width / 4 if c.product and c.dtype == "f32" else 1)
+    is_sum = c.product and c.dtype == "f32" and c.kind in ("all-reduce", "reduce-scatter")
+    return c.sent * (width / 4 if is_sum else 1)
 
 
 def _table(found: list[Collective], width: int) -> list[dict[str, Any]]:
@@ -343,11 +343,21 @@ def least_sent(step: Program, sizes: Mapping[str, int]) -> dict[str, float]:
     stored = width if settings.base_format is None else 0.52 if "nf4" in settings.base_format else 1
     grads = local_bytes(tree.trainable(step.state.params))
     tokens = settings.batch_size * settings.max_length / (data * fsdp)
-    gathers = passes * settings.accumulate * layers * stored + (layers * width if settings.full else 0)
+    gathers = passes * settings.accumulate * layers * stored + (
+        layers * width if settings.full else 0
+    )
     found = {
         "data": 2 * (data - 1) / data * grads,
         "fsdp": (fsdp - 1) / fsdp * gathers,
-        "tensor": 2 * (tensor - 1) / tensor * 2 * passes * c.num_layers * tokens * c.hidden_size * width,
+        "tensor": 2
+        * (tensor - 1)
+        / tensor
+        * 2
+        * passes
+        * c.num_layers
+        * tokens
+        * c.hidden_size
+        * width,
     }
     return {axis: count for axis, count in found.items() if count}
 
@@ -383,8 +393,6 @@ def check(settings: StepConfig, hf: Mapping[str, Any], sizes: Mapping[str, int])
         )
 
 
-
-
 def place(
     kind: str, devices: int | None, mesh: common.MeshConfig
 ) -> tuple[Device | None, dict[str, int]]:
@@ -404,6 +412,11 @@ def place(
 def count(sizes: Mapping[str, int]) -> int:
     """Devices of a mesh."""
     return math.prod(sizes.values())
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> Any:
+    """A mesh of devices that nobody has, for layouts."""
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 
 def read_config_of(model: str) -> dict[str, Any]:
@@ -473,7 +486,7 @@ def one(
     compile_it: bool = True,
 ) -> Plan:
     """The plan of one mesh and one remat policy."""
-    mesh = parallel.mesh(**sizes)
+    mesh = parallel.mesh(**sizes) if compile_it else abstract_mesh(sizes)
     own = device.name == "cpu"
     compute = common.DTYPES[settings.dtype or ("float32" if own else "bfloat16")]
     step = program(hf, settings, mesh, compute=compute)
@@ -505,17 +518,19 @@ def searched(
             tried.append(one(hf, setting, device, sizes, efficiency, compile_it=False))
     if not tried:
         raise refused[0]
-    first = sorted(tried, key=lambda plan: (not fits(plan, device), _rank(plan, device)))[:top]
+    first = sorted(tried, key=lambda plan: _rank(plan, device))[:top]
     compiled = [
         one(hf, dataclasses.replace(settings, remat=plan.remat), device, plan.mesh, efficiency)
         for plan in first
     ]
     common.say(f"{len(tried)} layouts estimated, {len(compiled)} of them compiled")
-    return sorted(compiled, key=lambda plan: (not fits(plan, device), _rank(plan, device)))
+    return sorted(compiled, key=lambda plan: _rank(plan, device))
 
 
-def _rank(plan: Plan, device: Device) -> float:
-    return plan.seconds if fits(plan, device) else plan.memory["total"]
+def _rank(plan: Plan, device: Device) -> tuple[bool, float, float]:
+    """What fits before what does not, then by time, and by memory where the times are equal."""
+    does_not = not fits(plan, device)
+    return does_not, 0.0 if does_not else float(f"{plan.seconds:.2g}"), plan.memory["total"]
 
 
 def meshes(count: int) -> list[dict[str, int]]:

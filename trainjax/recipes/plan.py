@@ -17,11 +17,12 @@ from trainjax.recipes._optim import OptimConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Compiles the step of `trainjax sft` over as many devices as asked for, without any weights, and reads
-    from the program what each device holds, sends and computes. Rows are taken to be full."""
+    """Compiles the step of `trainjax sft` over as many devices as asked for, without any weights, and tells
+    what each of them holds, sends and computes. Rows are taken to be full.
+    """
 
     model: str
-    """A hub id, a folder with a config.json, the file, a .gguf file, or a name that `trainjax fetch` knows."""
+    """A hub id, a folder with a config.json or the file itself, a .gguf file, a name that `fetch` knows."""
     device: str
     """h100, h200, a100, b200, v4, v5e, v5p, v6e, a slice such as v5p-256, or cpu: this machine."""
     devices: int | None = None
