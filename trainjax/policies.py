@@ -16,8 +16,8 @@ from trainjax.models import Model
 from trainjax.nn import Decoder, head
 from trainjax.ops.attention import Branches
 from trainjax.ops.draw import draw
+from trainjax.ops.fold import fold
 from trainjax.ops.vocab import NO_EXTRAS, Extras, TokenStats, token_stats
-from trainjax.parallel.rules import num_row_shards
 from trainjax.peft.switched import chosen
 from trainjax.types import Batch, Params, Peft, pytree, static
 
@@ -65,17 +65,17 @@ class Policy:
         weights, hidden, _ = self._forward(params, batch, key)
         targets = batch.get("targets", batch["tokens"])
         where = jnp.ones(targets.shape, bool) if where is None else where
-        shards = num_row_shards(self.module.mesh)
+        folded = fold(self.module.mesh, *targets.shape)
         stats = token_stats(
-            hidden,
+            folded(hidden),
             head(self.module.config, weights),
-            _shifted(targets),
-            _shifted(where).at[:, -1].set(False),
-            groups=shards if targets.shape[0] % shards == 0 else 1,
+            folded(_shifted(targets)),
+            folded(_shifted(where).at[:, -1].set(False)),
+            groups=folded.groups,
             vocab_block=self._vocab_block(),
             extras=extras,
         )
-        return jax.tree.map(lambda stat: jnp.roll(stat, 1, axis=1), stats)
+        return jax.tree.map(lambda stat: jnp.roll(folded.undo(stat), 1, axis=1), stats)
 
     def draw(
         self, params: Params | None, batch: Batch, key: PRNGKeyArray
@@ -134,8 +134,10 @@ def _forward(
     policy: Policy, params: Params | None, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Params, Array, Params]:
     weights, tokens = policy.attached(params, key), batch["tokens"]
+    folded = fold(policy.module.mesh, *tokens.shape)
     if "adapters" in batch and params is not None:
-        weights = chosen(weights, batch["adapters"])
+        of_tokens = jnp.broadcast_to(batch["adapters"][:, None], tokens.shape)
+        weights = chosen(weights, folded(of_tokens)[:, 0])
     positions = batch.get("positions")
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -145,7 +147,14 @@ def _forward(
     (hidden, _), reported = policy.module.apply(
         {"params": weights}, tokens, positions, segments, mutable=["reports"]
     )
-    return weights, hidden, reported.get("reports", {})
+
+    def in_order(report: Array) -> Array:
+        layers, _, *rest = report.shape
+        rows = report.reshape(layers, len(tokens) * folded.parts, -1, *rest)
+        return jax.vmap(folded.undo)(rows).reshape(report.shape)
+
+    reports = reported.get("reports", {})
+    return weights, hidden, jax.tree.map(in_order, reports) if folded.parts > 1 else reports
 
 
 def policy(model: Model, method: Peft | None = None) -> Policy:

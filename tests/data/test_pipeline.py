@@ -186,6 +186,13 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(examples):
         data.Loader(examples, plan(batch_size=6), parallel.mesh(fsdp=4))
 
 
+def test_rows_that_the_sequence_axis_does_not_divide_are_refused(examples):
+    mesh = parallel.mesh(fsdp=1, sequence=4)
+    message = "rows of 130 tokens are not divisible by the mesh's sequence=4; use 132"
+    with pytest.raises(ValueError, match=message):
+        data.Loader(examples, plan(length=130), mesh)
+
+
 def test_rows_shorter_than_an_example_are_refused(examples):
     with pytest.raises(ValueError, match="an example has .* tokens, a row 16"):
         plan(length=16).epoch(examples, 0)

@@ -72,6 +72,16 @@ def test_fingerprint_is_of_the_weights_and_not_of_their_dtype_or_layout(golden, 
     assert loaded("mistral_window").fingerprint != mark  # equal names and shapes
 
 
+def test_a_mesh_that_does_not_divide_the_heads_is_refused(folder):
+    message = "tensor=4 does not divide the model's 6 attention heads; use 1, 2, 3, 6"
+    with pytest.raises(ValueError, match=message):
+        random_model(
+            helpers.TINY | {"num_attention_heads": 6, "hidden_size": 48},
+            jax.random.key(0),
+            mesh=helpers.mesh_of(1, 1, 4),
+        )
+
+
 def test_tied_model_with_a_head_in_the_file_ignores_it(golden, tmp_path):
     """Some exporters write `lm_head.weight` all the same."""
     folder = Path(shutil.copytree(golden / "llama_tied", tmp_path / "model"))

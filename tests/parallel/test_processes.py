@@ -61,9 +61,12 @@ def test_two_processes_make_one_run(flags, alone, tmp_path):
 @pytest.mark.parametrize(
     "mesh",
     [
-        *({"data": 2}, {"tensor": 2}, {"data": 4}, {"fsdp": 4}),
+        *({"data": 2}, {"tensor": 2}, {"sequence": 2}, {"slices": 2}),
+        *({"data": 4}, {"fsdp": 4}, {"sequence": 4}),
+        *({"data": 2, "sequence": 2}, {"fsdp": 2, "sequence": 2}, {"tensor": 2, "sequence": 2}),
         *({"data": 2, "fsdp": 2}, {"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}),
     ],
+    ids=lambda mesh: "-".join(f"{axis}{size}" for axis, size in mesh.items()),
 )
 def test_every_split_gives_the_losses_of_one_process(mesh, flags, alone, tmp_path):
     finished(flags, tmp_path, int(np.prod(list(mesh.values()))), **mesh)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests import helpers
 from trainjax import parallel, tree
-from trainjax.parallel.rules import num_row_shards
+from trainjax.axes import num_row_shards
 from trainjax.peft import lora
 
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import trainjax as tj
 from tests import helpers
 from tests.peft import contract
-from trainjax import losses, tree
+from trainjax import losses, parallel, tree
 from trainjax.peft.molora import molora
 from trainjax.train import init, make_step
 
@@ -194,3 +195,24 @@ class TestContract(contract.Contract):
         "soft": molora(rank=2, experts=3, dropout=0.1),
         "top 2": molora(rank=2, target="query|up", experts=3, top_k=2),
     }
+
+
+def test_experts_are_split_over_the_axis_for_them_and_train_the_same():
+    mesh = parallel.mesh(fsdp=2, expert=2)
+    method = molora(rank=2, experts=4, target="mlp/up")
+    models = [helpers.tiny(mesh=None), helpers.tiny(mesh=mesh)]
+    adapters = [helpers.randomised(method.init(jax.random.key(0), m.params), 0.1) for m in models]
+    found = {name: leaf.sharding.spec for name, leaf in tree.flatten(adapters[1]).items()}
+    assert found == {
+        "layers/mlp/up/kernel/a": P(None, "fsdp", "expert"),
+        "layers/mlp/up/kernel/b": P(None, "expert", "tensor"),
+        "layers/mlp/up/kernel/router": P(None, "fsdp", "expert"),
+    }
+    each = [
+        helpers.loss_and_gradients(
+            losses.sft(tj.policy(model, method)), adapter, helpers.random_batch()
+        )
+        for model, adapter in zip(models, adapters, strict=True)
+    ]
+    np.testing.assert_allclose(each[1][0], each[0][0], rtol=1e-5)
+    helpers.assert_close(each[1][1], each[0][1], 1e-5)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
+from trainjax import axes
 from trainjax.data.curriculum import Order, shuffled
 from trainjax.data.encode import Examples, Groups
 from trainjax.data.packing import Pack, best_fit, unpacked
@@ -271,11 +272,13 @@ class Loader(Iterator[Batch]):
         mesh: splits rows over its `data` and `fsdp` axes.
 
     Raises:
-        ValueError: a batch that the mesh does not divide, or of which this process has scattered rows.
+        ValueError: a batch, or rows, that the mesh does not divide; a batch of which this process has
+            scattered rows.
     """
 
     def __init__(self, examples: Examples, plan: Plan, mesh: Mesh | None = None) -> None:
         self.examples, self.plan, self.mesh = examples, plan, mesh
+        _check_length(plan.length, mesh)
         stream = _Batches(examples, plan, own_rows(plan.batch_size, mesh))
         prefetched = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=2)
         self._iterator = iter(prefetched)
@@ -306,19 +309,27 @@ def one_epoch(examples: Examples, plan: Plan, mesh: Mesh | None = None) -> Itera
         yield to_devices(arrays, mesh, plan.batch_size)
 
 
+def _check_length(length: int, mesh: Mesh | None) -> None:
+    if length % (parts := axes.length(mesh, "sequence")):
+        raise ValueError(
+            f"rows of {length} tokens are not divisible by the mesh's sequence={parts}; use "
+            f"{-(-length // parts) * parts}"
+        )
+
+
 def own_rows(batch_size: int, mesh: Mesh | None) -> slice:
     """The rows of a global batch that this process fills: those of its devices.
 
     Processes whose devices share a row (split over `tensor`) fill it each.
     """
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = axes.num_row_shards(mesh)
     if batch_size % shards:
         raise ValueError(
             f"batch_size={batch_size} is not divisible by the mesh's {shards} row shards"
         )
     if mesh is None:
         return slice(0, batch_size)
-    layout = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    layout = NamedSharding(mesh, PartitionSpec(axes.rows(mesh)))
     parts = layout.addressable_devices_indices_map((batch_size,)).values()
     bounds = {index[0].indices(batch_size)[:2] for index in parts if index is not None}
     first, last = min(start for start, _ in bounds), max(stop for _, stop in bounds)
@@ -334,7 +345,7 @@ def to_devices(arrays: dict[str, np.ndarray], mesh: Mesh | None, batch_size: int
     """A process's rows as (part of) a global batch, split over the mesh."""
     if mesh is None:
         return jax.device_put(arrays)
-    layout = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    layout = NamedSharding(mesh, PartitionSpec(axes.rows(mesh)))
     return {
         name: jax.make_array_from_process_local_data(layout, array, (batch_size, *array.shape[1:]))
         for name, array in arrays.items()

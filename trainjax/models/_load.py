@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import PRNGKeyArray
 
-from trainjax import parallel, platform, quant, tree
+from trainjax import axes, parallel, platform, quant, tree
 from trainjax.io.hub import open_checkpoint
 from trainjax.models import _adapters
 from trainjax.models._model import (
@@ -182,7 +182,15 @@ def random_model(
 def _module(hf: Mapping[str, Any], mesh: Mesh | None, compute_dtype: Any, remat: Any) -> Decoder:
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return Decoder(family(hf).config(hf), jnp.dtype(compute_dtype), remat, mesh)
+    config = family(hf).config(hf)
+    tensor, heads = axes.length(mesh, "tensor"), config.num_heads
+    if heads % tensor:
+        fits = [str(size) for size in range(1, heads + 1) if heads % size == 0]
+        raise ValueError(
+            f"the mesh's tensor={tensor} does not divide the model's {heads} attention heads; use "
+            f"{', '.join(fits)}"
+        )
+    return Decoder(config, jnp.dtype(compute_dtype), remat, mesh)
 
 
 def _read(

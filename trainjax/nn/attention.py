@@ -44,6 +44,7 @@ class Attention(nn.Module):
         qkv_bias, output_bias: which projections have a bias.
         window: sliding window in tokens, or None.
         mesh: mesh that activations are sharded over, or None.
+        parts: into how many parts rows are folded.
     """
 
     num_heads: int
@@ -53,6 +54,7 @@ class Attention(nn.Module):
     output_bias: bool = False
     window: int | None = None
     mesh: Mesh | None = None
+    parts: int = 1
 
     @nn.compact
     def __call__(
@@ -74,7 +76,7 @@ class Attention(nn.Module):
                 self.sow(KEPT, name, kept, reduce_fn=latest, init_fn=lambda: None)
         if cache is None:
             attend = functools.partial(ops.attend, window=self.window, mesh=self.mesh)
-            out = attend(query, key, value, segments, prefix=prefix)
+            out = attend(query, key, value, segments, prefix=prefix, parts=self.parts)
         else:
             cache = _extend(cache, key, value)
             keys, values = (

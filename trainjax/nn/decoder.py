@@ -19,12 +19,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from trainjax import axes
 from trainjax.nn import remat as remats
 from trainjax.nn.attention import Attention, LayerCache
 from trainjax.nn.dense import Dense, Embed, weight
 from trainjax.nn.mlp import SwiGlu
 from trainjax.nn.virtual import KEPT, Virtual, num_virtual_tokens, virtual_tokens
 from trainjax.ops.attention import Prefix, Segments
+from trainjax.ops.fold import Fold, fold
 from trainjax.ops.head import Head, Tied
 from trainjax.ops.matmul import products
 from trainjax.ops.norm import rms_norm
@@ -81,10 +83,17 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each on a normalised copy and added to the stream."""
+    """One layer: attention and feed-forward, each on a normalised copy and added to the stream.
+
+    Attributes:
+        config: the architecture.
+        mesh: the mesh that activations are sharded over, or None.
+        parts: into how many parts rows are folded.
+    """
 
     config: DecoderConfig
     mesh: Mesh | None = None
+    parts: int = 1
 
     @nn.compact
     def __call__(
@@ -110,6 +119,7 @@ class Block(nn.Module):
             c.output_bias,
             c.window,
             self.mesh,
+            self.parts,
             name="attention",
         )
         out, cache = attention(
@@ -121,7 +131,8 @@ class Block(nn.Module):
         )
         x = checkpoint_name(x + out, "residual")
         mlp = SwiGlu(c.intermediate_size, c.mlp_bias, name="mlp")
-        x = _shard_rows(x + mlp(Norm(c.rms_norm_eps, name="mlp_norm")(x)), self.mesh)
+        x = x + mlp(Norm(c.rms_norm_eps, name="mlp_norm")(x))
+        x = _shard_rows(x, self.mesh, self.parts)
         return (x, None if cache is None else (cache.keys, cache.values)), None
 
 
@@ -164,7 +175,12 @@ class Decoder(nn.Module):
         c = self.config
         embed = Embed(c.vocab_size, c.hidden_size, self.dtype, name="embed")
         are_ids = jnp.issubdtype(tokens.dtype, jnp.integer)
-        x = _shard_rows(embed(tokens) if are_ids else tokens.astype(self.dtype), self.mesh)
+        folded = Fold()
+        if are_ids and cache is None:
+            folded = fold(self.mesh, *tokens.shape)
+        tokens, positions, segments = jax.tree.map(folded, (tokens, positions, segments))
+        x = embed(tokens) if are_ids else tokens.astype(self.dtype)
+        x = _shard_rows(x, self.mesh, folded.parts)
         if not c.tie_embeddings and self.is_initializing():
             Dense(c.vocab_size, name="head")(x)
         params = {} if self.is_initializing() else self.variables["params"]
@@ -186,13 +202,13 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
             length=c.num_layers,
-        )(c, self.mesh, name="layers")
+        )(c, self.mesh, folded.parts, name="layers")
         places = None if virtual is None or c.window is None else positions
         with products(in_fp8=self.fp8):
             (x, stacks), _ = layers(
                 (x, stacks), jnp.arange(c.num_layers), tables, segments, slots, virtual, places
             )
-        x = Norm(c.rms_norm_eps, name="norm")(x)
+        x = folded.undo(Norm(c.rms_norm_eps, name="norm")(x))
         if cache is not None and stacks is not None:
             cache = cache._replace(keys=stacks[0], values=stacks[1])
         return x, cache
@@ -264,12 +280,12 @@ def _reserve(
     return cache._replace(filled=filled, length=cache.length + new), visible
 
 
-def _shard_rows(x: Array, mesh: Mesh | None) -> Array:
+def _shard_rows(x: Array, mesh: Mesh | None, parts: int) -> Array:
     """Says that rows are split over the data axes, so that the compiler need not guess.
 
     Not of a single row, which cannot be split: under `vmap` over examples it is the examples that are.
     """
     if mesh is None or x.shape[0] == 1:
         return x
-    rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(rows, None, None)))
+    split = axes.rows(mesh) if parts == 1 else (*axes.rows(mesh), "sequence")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(split, None, None)))

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from trainjax import axes
 from trainjax.derivatives import own_gradient
 
 Query = Float[Array, "batch seq heads dim"]
@@ -69,6 +70,7 @@ def attend(
     prefix: Prefix | None = None,
     window: int | None = None,
     mesh: Mesh | None = None,
+    parts: int = 1,
 ) -> Query:
     """`softmax(query key^T / sqrt(dim)) value`, causal, within a segment, softmax in float32.
 
@@ -80,6 +82,7 @@ def attend(
         prefix: virtual tokens before each example, or None.
         window: see only this many latest tokens, itself included (Mistral's sliding window).
         mesh: the mesh that the arrays are sharded over, if any.
+        parts: into how many parts rows are folded (`ops.fold`), each on a device of the mesh's `sequence`.
 
     Returns:
         An array like `query`.
@@ -93,6 +96,11 @@ def attend(
             "prompt; lay each completion out with its own prompt"
         )
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if parts > 1:
+        assert mesh is not None
+        if platform != "cpu":
+            _say_once("rows over several devices: using plain XLA attention")
+        return gathered(query, key, value, segments, prefix=prefix, window=window, mesh=mesh)
     if platform == "tpu":
         if why_not := _splash_refuses(query, segments, prefix):
             _say_once(f"splash attention cannot serve {why_not}; using plain XLA attention")
@@ -116,6 +124,33 @@ class _Blocks(NamedTuple):
 
 
 def blocked(
+    query: Float[Array, "batch queries heads dim"],
+    key: KeyValue,
+    value: KeyValue,
+    segments: Segments | None = None,
+    *,
+    prefix: Prefix | None = None,
+    window: int | None = None,
+    at: Int[Array, " queries"] | None = None,
+    block: int = 128,
+) -> Float[Array, "batch queries heads dim"]:
+    """`attend` in plain XLA: blocks of queries, each against the keys that it may see.
+
+    Keys after a block are never touched, which nearly halves the work, and no array is larger than
+    `heads * block * seq`. Output and logsumexp are all that the gradient keeps besides the inputs.
+    Query heads that share a key head are rows of one matrix product. The keys of a prefix are the first
+    of every block.
+
+    Where queries are a part of the row, `at` is the place of each among the keys and segments, which are
+    the whole row's; every block then goes over all keys.
+    """
+    seq = query.shape[1]
+    size = min(seq, max(block, -(-seq // 16)))  # blocks are unrolled: 16 at most
+    grouped = _grouped(query, key.shape[2]), _heads_first(key), _heads_first(value)
+    return _ungrouped(_blocked(_Blocks(size, window), *grouped, segments, prefix, at))
+
+
+def gathered(
     query: Query,
     key: KeyValue,
     value: KeyValue,
@@ -123,19 +158,35 @@ def blocked(
     *,
     prefix: Prefix | None = None,
     window: int | None = None,
-    block: int = 128,
+    mesh: Mesh,
 ) -> Query:
-    """`attend` in plain XLA: blocks of queries, each against the keys that it may see.
+    """`attend` of rows folded over the devices of `sequence`: each gathers the keys and values of its rows.
 
-    Keys after a block are never touched, which nearly halves the work, and no array is larger than
-    `heads * block * seq`. Output and logsumexp are all that the gradient keeps besides the inputs.
-    Query heads that share a key head are rows of one matrix product. The keys of a prefix are the first
-    of every block.
+    With few key heads beside query heads these are the smaller part: `2 kv_heads dim` numbers a token
+    against the `heads dim` of the queries, which stay. Their gradients are summed where they came from.
+    The last device has the most keys to see, and the others wait for it.
+
+    Source: Grattafiori et al. 2024, arXiv:2407.21783, section 3.3.2 (context parallelism).
     """
-    seq = query.shape[1]
-    size = min(seq, max(block, -(-seq // 16)))  # blocks are unrolled: 16 at most
-    grouped = _grouped(query, key.shape[2]), _heads_first(key), _heads_first(value)
-    return _ungrouped(_blocked(_Blocks(size, window), *grouped, segments, prefix))
+    rows = (*axes.rows(mesh), "sequence")
+    heads = "tensor" if key.shape[2] % axes.length(mesh, "tensor") == 0 else None
+    array, ids, virtual = P(rows, None, heads, None), P(rows, None), P(heads, None, None)
+    kind = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else query.dtype
+
+    def local(query, key, value, segments, prefix):
+        whole = functools.partial(lax.all_gather, axis_name="sequence", axis=1, tiled=True)
+        key, value, segments = jax.tree.map(whole, (key, value, segments))
+        own = query.shape[1]
+        at = lax.axis_index("sequence") * own + jnp.arange(own)
+        q, k, v = (x.astype(kind) for x in (query, key, value))
+        virtual = None if prefix is None else Prefix(*prefix)
+        out = blocked(q, k, v, segments, prefix=virtual, window=window, at=at)
+        return out.astype(query.dtype)
+
+    given, layouts = (None, None) if prefix is None else (tuple(prefix), (virtual, virtual, ids))
+    specs = (array, array, array, ids, layouts)
+    each = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=array, check_vma=False)
+    return each(query, key, value, segments, given)
 
 
 def _grouped(query: Query, kv_heads: int) -> Float[Array, "batch kv_heads group seq dim"]:
@@ -154,15 +205,16 @@ def _heads_first(x: KeyValue) -> Float[Array, "batch kv_heads seq dim"]:
 
 
 @own_gradient(nondiff_argnums=(0,))
-def _blocked(blocks: _Blocks, q, k, v, segments, prefix):
-    return _blocked_fwd(blocks, q, k, v, segments, prefix)[0]
+def _blocked(blocks: _Blocks, q, k, v, segments, prefix, at):
+    return _blocked_fwd(blocks, q, k, v, segments, prefix, at)[0]
 
 
-def _blocked_fwd(blocks: _Blocks, q, k, v, segments, prefix):
+def _blocked_fwd(blocks: _Blocks, q, k, v, segments, prefix, at):
     outs, logsumexps = [], []
-    for rows, seen in _ranges(blocks, q.shape[3]):
+    for rows, seen in _ranges(blocks, q, k, at):
         ki, vi = _keys_and_values(prefix, k, v, seen)
-        scores = _scores(q[..., rows, :], ki, _allowed(segments, prefix, rows, seen, blocks.window))
+        allowed = _allowed(segments, prefix, rows, seen, blocks.window, at)
+        scores = _scores(q[..., rows, :], ki, allowed)
         top = jnp.max(scores, axis=-1, keepdims=True)
         p = jnp.exp(scores - top)
         total = jnp.sum(p, axis=-1, keepdims=True)
@@ -171,20 +223,21 @@ def _blocked_fwd(blocks: _Blocks, q, k, v, segments, prefix):
         logsumexps.append(_split_rows(top + jnp.log(total), q))
     out = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
     lse = checkpoint_name(jnp.concatenate(logsumexps, axis=3), "attention")
-    return out, (q, k, v, segments, prefix, out, lse)
+    return out, (q, k, v, segments, prefix, at, out, lse)
 
 
 def _blocked_bwd(blocks: _Blocks, residuals, g):
-    q, k, v, segments, prefix, out, lse = residuals
+    q, k, v, segments, prefix, at, out, lse = residuals
     f32 = jnp.float32
     delta = jnp.sum(g.astype(f32) * out.astype(f32), axis=-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
     shared_k: Any = None if prefix is None else jnp.zeros(prefix.keys.shape, f32)
     shared_v = shared_k
-    for rows, seen in _ranges(blocks, q.shape[3]):
+    for rows, seen in _ranges(blocks, q, k, at):
         qi, gi = _merge_rows(q[..., rows, :]), _merge_rows(g[..., rows, :])
         ki, vi = _keys_and_values(prefix, k, v, seen)
-        scores = _scores(q[..., rows, :], ki, _allowed(segments, prefix, rows, seen, blocks.window))
+        allowed = _allowed(segments, prefix, rows, seen, blocks.window, at)
+        scores = _scores(q[..., rows, :], ki, allowed)
         p = jnp.exp(scores - _merge_rows(lse[..., rows, :]))
         dp = _per_kv_head(gi, vi, 1, 1)
         ds = p * (dp - _merge_rows(delta[..., rows, :])) * q.shape[-1] ** -0.5
@@ -196,7 +249,7 @@ def _blocked_bwd(blocks: _Blocks, residuals, g):
     dprefix = None
     if prefix is not None:
         dprefix = Prefix(shared_k.astype(prefix.keys.dtype), shared_v.astype(prefix.values.dtype))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dprefix
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dprefix, None
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
@@ -223,25 +276,34 @@ def _added(own, shared, seen: slice, new):
     return own.at[:, :, seen].add(new[:, :, count:]), shared + jnp.sum(new[:, :, :count], axis=0)
 
 
-def _ranges(blocks: _Blocks, seq: int) -> list[tuple[slice, slice]]:
+def _ranges(blocks: _Blocks, q, k, at: Array | None) -> list[tuple[slice, slice]]:
     """Each block of queries with the keys that some query of it may see."""
+    seq = q.shape[3]
     spans = [(start, min(start + blocks.size, seq)) for start in range(0, seq, blocks.size)]
+    if at is not None:
+        return [(slice(a, b), slice(0, k.shape[2])) for a, b in spans]
     oldest = 0 if blocks.window is None else blocks.window - 1
     first = [0 if blocks.window is None else max(0, start - oldest) for start, _ in spans]
     return [(slice(a, b), slice(f, b)) for (a, b), f in zip(spans, first, strict=True)]
 
 
 def _allowed(
-    segments: Segments | None, prefix: Prefix | None, rows: slice, seen: slice, window: int | None
+    segments: Segments | None,
+    prefix: Prefix | None,
+    rows: slice,
+    seen: slice,
+    window: int | None,
+    at: Array | None,
 ) -> Bool[Array, "#batch 1 1 block keys"]:
-    query_at = jnp.arange(rows.start, rows.stop)[:, None]
+    own = jnp.arange(rows.start, rows.stop) if at is None else at[rows]
+    query_at = own[:, None]
     key_at = jnp.arange(seen.start, seen.stop)[None, :]
     allowed = key_at <= query_at
     if window is not None:
         allowed &= key_at > query_at - window
     allowed = allowed[None]
     if segments is not None:
-        allowed = allowed & _related(segments, rows, seen)
+        allowed = allowed & _related(segments, rows if at is None else own, seen)
     if prefix is not None:
         allowed = _joined(_virtual_allowed(prefix, rows, window), allowed)
     return allowed[:, None, None]
@@ -266,7 +328,9 @@ def _joined(
     return jnp.concatenate(parts, axis=-1)
 
 
-def _related(segments: Segments, rows: slice, seen: slice) -> Bool[Array, "batch block keys"]:
+def _related(
+    segments: Segments, rows: slice | Array, seen: slice
+) -> Bool[Array, "batch block keys"]:
     """Whether a token's segment lets it see another token, whatever their order."""
     ids, prefixes = segments if isinstance(segments, Branches) else (segments, None)
     keys = ids[:, None, seen]
@@ -377,7 +441,7 @@ def splash(
     local = functools.partial(_splash_local, window=window, interpret=interpret)
     if mesh is None:
         return local(query, key, value, segments)
-    rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
+    rows = axes.rows(mesh)
     heads = "tensor" if "tensor" in mesh.axis_names else None
     array, ids = P(rows, None, heads, None), P(rows, None)
     sharded = jax.shard_map(

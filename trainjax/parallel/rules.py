@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from trainjax import platform, tree
+from trainjax import axes, platform, tree
 
 Rules = Sequence[tuple[str, P]]
 
@@ -55,14 +54,9 @@ def place(params: PyTree, mesh: Mesh | None, rules: Rules = DECODER) -> PyTree:
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """How a batch is split: rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
-
-
-def num_row_shards(mesh: Mesh | None) -> int:
-    """Into how many parts a batch's rows are split."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    """How a batch is split: rows over `data`, `fsdp` and their like."""
+    return NamedSharding(mesh, P(axes.rows(mesh)))
 
 
 def _divides(axis: str | None, size: int, mesh: Mesh) -> bool:
-    return axis is None or size % mesh.shape[axis] == 0
+    return axis is None or (axis in mesh.axis_names and size % mesh.shape[axis] == 0)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from trainjax import tree
+from trainjax import axes, tree
 from trainjax.ops.matmul import dense
 from trainjax.types import Params
 
@@ -41,7 +41,7 @@ def drawn(
     key: PRNGKeyArray,
     matrices: Mapping[str, Any],
     draw: Callable[[PRNGKeyArray, str, Any], Parts],
-    axes: Mapping[str, Sequence[str | None]],
+    last: Mapping[str, Sequence[str | None]],
 ) -> Params:
     """The parts of all matrices, in one program, each laid out over devices as its matrix is.
 
@@ -49,7 +49,8 @@ def drawn(
         key: of the draw; a matrix gets one of its name's own, whatever other matrices there are.
         matrices: by name.
         draw: `(key, name, w) -> parts`, arrays or `Frozen` ones.
-        axes: of each part the last axes, as `in` or `out` of the matrix, or None; never split then.
+        last: of each part the last axes, as `in` or `out` of the matrix, or `experts`, which the mesh's
+            axis for them splits, or None; never split then.
     """
 
     def parts(key: PRNGKeyArray, matrices: Mapping[str, Any]) -> Params:
@@ -59,10 +60,16 @@ def drawn(
             found |= {f"{name}/{part}": value for part, value in made.items()}
         return tree.unflatten(found)
 
-    return jax.jit(parts, out_shardings=_layout(matrices, axes))(key, dict(matrices))
+    shapes = tree.flatten(jax.eval_shape(parts, key, dict(matrices)))
+    layout = _layout(matrices, last, {name: part.shape for name, part in shapes.items()})
+    return jax.jit(parts, out_shardings=layout)(key, dict(matrices))
 
 
-def _layout(matrices: Mapping[str, Any], axes: Mapping[str, Sequence[str | None]]) -> Params | None:
+def _layout(
+    matrices: Mapping[str, Any],
+    parts: Mapping[str, Sequence[str | None]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Params | None:
     found: dict[str, NamedSharding] = {}
     for name, w in matrices.items():
         sharding = getattr(w, "sharding", None)
@@ -70,11 +77,21 @@ def _layout(matrices: Mapping[str, Any], axes: Mapping[str, Sequence[str | None]
             return None
         spec = tuple(sharding.spec)
         *stack, rows, columns = spec + (None,) * (len(w.shape) - len(spec))
-        split = {"in": rows, "out": columns, None: None}
-        for part, last in axes.items():
-            own = PartitionSpec(*stack, *(split[axis] for axis in last))
-            found[f"{name}/{part}"] = NamedSharding(sharding.mesh, own)
+        mesh, split = sharding.mesh, {"in": rows, "out": columns, None: None}
+        for part, last in parts.items():
+            sizes = shapes[f"{name}/{part}"][-len(last) :]
+            own = [
+                _experts(mesh, size) if axis == "experts" else split[axis]
+                for axis, size in zip(last, sizes, strict=True)
+            ]
+            found[f"{name}/{part}"] = NamedSharding(mesh, PartitionSpec(*stack, *own))
     return tree.unflatten(found)
+
+
+def _experts(mesh: Any, size: int) -> str | None:
+    return (
+        "expert" if axes.length(mesh, "expert") > 1 and size % mesh.shape["expert"] == 0 else None
+    )
 
 
 def replaced(params: Params, adapter: Params, leaf: Callable[[str, Any, Parts], Any]) -> Params:

@@ -25,7 +25,7 @@ from trainjax.peft._matrices import (
 )
 from trainjax.types import Metrics, Params, Peft, PeftFiles, Weight, pytree, static
 
-_AXES = {"a": ("in", None), "b": (None, "out"), "router": ("in", None)}
+_AXES = {"a": ("in", "experts"), "b": ("experts", "out"), "router": ("in", "experts")}
 _PROBABILITIES = "molora_probabilities"
 
 

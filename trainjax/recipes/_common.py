@@ -175,10 +175,16 @@ class MeshConfig:
     """Shards of every weight, each with its part of the batch."""
     tensor: int = 1
     """Shards of every matrix product."""
+    sequence: int = 1
+    """Shards of every row's tokens, for long rows."""
+    expert: int = 1
+    """Shards of a mixture's experts, each with its part of the batch."""
+    slices: int | None = None
+    """Groups of devices joined by a slow network, each with the whole model; by default TPU slices."""
 
     def mesh(self) -> jax.sharding.Mesh:
         """The mesh of all devices."""
-        return parallel.mesh(self.data, self.fsdp, self.tensor)
+        return parallel.mesh(**dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

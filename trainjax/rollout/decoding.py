@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from trainjax import data, parallel, platform
+from trainjax.axes import num_row_shards
 from trainjax.models import Model
 from trainjax.nn import Cache, Decoder, head, num_virtual_tokens, start_cache
 from trainjax.ops.head import logits
-from trainjax.parallel.rules import num_row_shards
 from trainjax.peft.switched import chosen as with_adapters
 from trainjax.rollout.sampling import Drawn, Sampler, greedy, sample
 from trainjax.types import Params
