@@ -15,7 +15,12 @@ def sizes(data=1, fsdp=1, tensor=1):
 
 @pytest.mark.parametrize(
     ("kind", "name", "count"),
-    [("h100", "h100", None), ("H200", "h200", None), ("v5p-256", "v5p", 128), ("v5e-256", "v5e", 256)],
+    [
+        ("h100", "h100", None),
+        ("H200", "h200", None),
+        ("v5p-256", "v5p", 128),
+        ("v5e-256", "v5e", 256),
+    ],
 )
 def test_a_slice_is_called_by_its_cores(kind, name, count):
     device, found = find_device(kind)
@@ -24,7 +29,9 @@ def test_a_slice_is_called_by_its_cores(kind, name, count):
 
 @pytest.mark.parametrize("kind", ["h1000", "v7x", "v5p-big"])
 def test_an_unknown_device_is_answered_with_those_there_are(kind):
-    with pytest.raises(ValueError, match=f"no device '{kind}': v4, v5e, v5p, v6e, a100, h100, h200, b200"):
+    with pytest.raises(
+        ValueError, match=f"no device '{kind}': v4, v5e, v5p, v6e, a100, h100, h200, b200"
+    ):
         find_device(kind)
 
 

@@ -31,7 +31,8 @@ LLAMA_2_70B = {
 
 
 def settings(**changes):
-    given = {"model": "toy", "device": "h100", "batch_size": 4, "max_length": 32} | changes
+    given = {"model": "toy", "device": "h100", "batch_size": 4, "max_length": 32}
+    given |= {"peft": PeftConfig(rank=4)} | changes
     return plan.Config(**given).settings()
 
 
@@ -54,14 +55,13 @@ def layouts(state):
         {"full": True},
         {"base_format": "nf4"},
         {"base_format": "int8", "param_dtype": "bfloat16"},
-        {"peft": PeftConfig(name="dora")},
-        {"peft": PeftConfig(name="lora_fa")},
+        {"peft": PeftConfig(name="dora", rank=4)},
+        {"peft": PeftConfig(name="lora_fa", rank=4)},
         {"peft": PeftConfig(name="partial", target="norm")},
     ],
     ids=str,
 )
 def test_weights_and_state_are_a_real_runs_byte_by_byte_on_each_device(mesh, changes):
-    """Where a part of an adapter is laid out otherwise, it is at most as large as here."""
     given = settings(**changes)
     hf = toy.CONFIG | {"dtype": "float32"}
     step = planning.program(hf, given, mesh, compute=jnp.float32)
@@ -96,7 +96,16 @@ def run(capsys, tmp_path):
         path, folder = tmp_path / "plan.json", tmp_path / "toy"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(toy.CONFIG | {"torch_dtype": "bfloat16"}))
-        args = ["--model", str(folder), "--max-length", "32", "--batch-size", "8", "--json", str(path)]
+        args = [
+            "--model",
+            str(folder),
+            "--max-length",
+            "32",
+            "--batch-size",
+            "8",
+            "--json",
+            str(path),
+        ]
         assert cli.main(["plan", *args, *map(str, flags)]) == status
         told = capsys.readouterr()
         return (json.loads(path.read_text()) if status == 0 else None), told

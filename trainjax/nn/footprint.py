@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from trainjax.nn.decoder import DecoderConfig
+from trainjax.nn.flops import layer_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,6 @@ def footprint(
     tensor: int = 1,
     width: int = 2,
     gathered: int = 1,
-    matrix: float = 0.0,
     chunk: int = 256,
 ) -> Footprint:
     """The footprint of one device.
@@ -49,9 +49,8 @@ def footprint(
         length: tokens of a row.
         tensor: devices that share the heads and hidden units.
         width: bytes of a number in compute.
-        gathered: layers whose matrices are whole in memory at a time: 2 where the next one is being
+        gathered: layers whose matrices are whole, in the width of compute, at a time: 2 where the next one is being
             fetched from other devices.
-        matrix: bytes for each of a layer's numbers, whole.
         chunk: tokens that go through the head at once.
 
     Raises:
@@ -73,10 +72,10 @@ def footprint(
         "none": everything,
     }[remat]
     kept = tokens * c.num_layers * (width * embed + per_token)
-    matrices = embed * (2 * queries + 2 * keys) + 3 * embed * hidden
+    matrices = layer_weights(c)
     # Recomputed products, the float32 stream and its gradient, and three gradients of the hidden layer.
     layer = tokens * (projections + 2 * 4 * embed + 3 * width * hidden / tensor)
-    weights = gathered * matrix * matrices / tensor
+    weights = gathered * width * matrices / tensor
     logits = 3 * 4 * min(chunk, tokens) * c.vocab_size / tensor
     states = tokens * embed * (4 + 3 * width)
     table = width * embed * c.vocab_size / tensor if gathered > 1 else 0.0
@@ -87,5 +86,5 @@ def footprint(
         kept=kept,
         working=max(layer + weights, states + logits + table),
         traffic=2 * kept + 2 * passes * c.num_layers * tokens * projections,
-        repeated=c.num_layers * repeated,
+        repeated=float(c.num_layers * repeated),
     )

@@ -99,7 +99,7 @@ def find_device(kind: str) -> tuple[Device, int | None]:
 def axis_bandwidth(device: Device, sizes: Mapping[str, int], axis: str) -> float:
     """Bytes a second that a device sends in a collective over one axis of a mesh.
 
-    Devices are numbered with the last axis fastest. Where an axis leaves the node, the members
+    Devices are numbered with the last axis fastest; the axis `slice` is always of the slow network. Where an axis leaves the node, the members
     of one group that are in a node send through as many network cards. On a torus the axes that
     have more than one device share the links evenly.
 
@@ -111,6 +111,8 @@ def axis_bandwidth(device: Device, sizes: Mapping[str, int], axis: str) -> float
     order, parts = list(sizes), axis.split("+")
     stride = math.prod(sizes[name] for name in order[order.index(parts[-1]) + 1 :])
     count = math.prod(sizes[name] for name in parts)
+    if "slice" in parts:
+        return device.between
     if stride * count > device.together:
         return min(device.within, device.between * max(1, device.together // stride))
     busy = sum(size > 1 for size in sizes.values())

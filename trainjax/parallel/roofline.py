@@ -11,6 +11,7 @@ jax-ml.github.io/scaling-book.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from trainjax.parallel.devices import Device, axis_bandwidth
@@ -18,7 +19,7 @@ from trainjax.parallel.devices import Device, axis_bandwidth
 EFFICIENCY = 0.7
 """Share of the published peak that a model's products reach where nothing else holds them up: an assumption."""
 
-OVERLAPPED = ("data", "fsdp")
+OVERLAPPED = ("slice", "data", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,6 @@ def roofline(
     return Roofline(
         compute=flops / (device.flops * efficiency),
         memory=traffic / device.bandwidth,
-        overlapped=sum(seconds[axis] for axis in hidden),
-        exposed=sum(seconds[axis] for axis in seconds if axis not in hidden),
+        overlapped=math.fsum(seconds[axis] for axis in hidden),
+        exposed=math.fsum(seconds[axis] for axis in seconds if axis not in hidden),
     )

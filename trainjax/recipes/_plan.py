@@ -18,13 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from trainjax import losses, parallel, quant, train, tree
+from trainjax import axes, losses, parallel, quant, train, tree
 from trainjax.io.hub import read_config
 from trainjax.models import Model
 from trainjax.models._model import abstract_params, family
 from trainjax.nn import Decoder, DecoderConfig, flops_per_token
+from trainjax.nn.flops import layer_weights
 from trainjax.nn.footprint import footprint
 from trainjax.parallel.collectives import Collective, collectives
 from trainjax.parallel.devices import Device, find_device
@@ -133,22 +134,25 @@ def abstract_state(settings: StepConfig, model: Model, tx: Any) -> train.TrainSt
 
 
 def _like(name: str, x: Any, base: Mapping[str, Any], whole: NamedSharding) -> NamedSharding:
-    """The layout of a parameter that trains: its own, or of an adapter's part that of its matrix's sides."""
-    matrix = base.get(name) if name in base else base.get(name.rpartition("/")[0])
+    """The layout of what trains: its own, or of an adapter's part that of the sides it shares with its matrix."""
+    path = name.split("/")
+    prefixes = ("/".join(path[:length]) for length in range(len(path), 0, -1))
+    matrix = next((base[prefix] for prefix in prefixes if prefix in base), None)
     if matrix is None or not isinstance(matrix.sharding, NamedSharding):
         return whole
-    if name in base:
+    if x.shape == matrix.shape:
         return matrix.sharding
+    *stack, fan_in, fan_out = matrix.shape
     spec = tuple(matrix.sharding.spec) + (None,) * len(matrix.shape)
-    stack = len(matrix.shape) - 2
-    sides = zip(matrix.shape[-2:], spec[stack : stack + 2], strict=True)
-    by_size = dict(reversed(list(sides))) if x.shape[-1] != matrix.shape[-1] else None
-    last: list[Any] = [None] * (len(x.shape) - stack)
-    if x.shape[-1] == matrix.shape[-1]:
-        last[-1] = spec[stack + 1]
-    elif len(last) == 2 and by_size is not None:
-        last[0] = by_size.get(x.shape[-2])
-    return NamedSharding(whole.mesh, PartitionSpec(*spec[:stack], *last))
+    rows, columns = spec[len(stack)], spec[len(stack) + 1]
+    sides = x.shape[len(stack) :]
+    if len(sides) == 2 and sides[0] == fan_in:
+        last = (rows, None)
+    elif sides and sides[-1] == fan_out:
+        last = (*(None,) * (len(sides) - 1), columns)
+    else:
+        return whole
+    return NamedSharding(whole.mesh, PartitionSpec(*spec[: len(stack)], *last))
 
 
 def _with_layout(x: Any, layout: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -174,7 +178,7 @@ def local_bytes(shapes: Any) -> float:
         itemsize = 8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
         return float(math.prod(shard) * itemsize)
 
-    return sum(map(of, jax.tree.leaves(shapes)))
+    return math.fsum(map(of, jax.tree.leaves(shapes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +237,8 @@ def planned(
     """
     settings, model, state = step.settings, step.model, step.state
     sizes = dict(model.module.mesh.shape) if model.module.mesh is not None else {}
-    shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
-    rows = settings.batch_size / shards / settings.accumulate
+    sequence = sizes.get("sequence", 1)
+    rows = settings.batch_size / axes.num_row_shards(model.module.mesh) / settings.accumulate
     width = model.module.dtype.itemsize
     weights = 0.0 if settings.full else local_bytes(model.params)
     own_bytes = local_bytes(tree.trainable(state.params))
@@ -243,11 +247,10 @@ def planned(
         model.config,
         settings.remat,
         rows=rows,
-        length=settings.max_length,
+        length=settings.max_length // sequence,
         tensor=sizes.get("tensor", 1),
         width=width,
         gathered=2 if spread else 1,
-        matrix=width,
         chunk=CHUNK,
     )
     memory = {
@@ -262,7 +265,7 @@ def planned(
     if compile_it:
         compiled = step.compiled(fast=not own)
         temporary = float(compiled.memory_analysis().temp_size_in_bytes)
-        turns = -(-rows * settings.max_length // CHUNK)
+        turns = float(-(-rows * settings.max_length // sequence // CHUNK))
         found = collectives(compiled.as_text(), sizes, turns=turns)
     if own:
         rest = temporary - own_bytes
@@ -270,17 +273,19 @@ def planned(
         memory["temporary"] = rest - memory["activations"]
     memory["total"] = sum(memory.values())
     sent = sent_as_on(found, width) if compile_it else least_sent(step, sizes)
-    count = settings.batch_size * settings.max_length
-    needed = count * flops_per_token(
+    tokens = settings.batch_size * settings.max_length
+    needed = tokens * flops_per_token(
         model.config,
         context=settings.max_length / 2,
         adapter_size=0 if settings.full else tree.count(state.params),
         full=settings.full,
     )
     devices = math.prod(sizes.values())
-    flops = (needed + count * foot.repeated) / devices
+    flops = (needed + tokens * foot.repeated) / devices
     passes = 2 if foot.repeated == 0 else 3
-    gathered = width * _layer_numbers(model.config) / sizes.get("tensor", 1)
+    gathered = (
+        width * model.config.num_layers * layer_weights(model.config) / sizes.get("tensor", 1)
+    )
     traffic = (
         passes * settings.accumulate * max(gathered, weights)
         + 2 * local_bytes(state.opt_state)
@@ -291,14 +296,8 @@ def planned(
     mfu = needed / (times.step * device.flops * devices)
     table = _table(found, width)
     return Plan(
-        *(sizes, settings.remat, memory, temporary, sent, table, needed, flops, times, mfu, count)
+        *(sizes, settings.remat, memory, temporary, sent, table, needed, flops, times, mfu, tokens)
     )
-
-
-def _layer_numbers(config: DecoderConfig) -> float:
-    c = config
-    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
 
 
 def sent_as_on(found: list[Collective], width: int) -> dict[str, float]:
@@ -339,7 +338,7 @@ def least_sent(step: Program, sizes: Mapping[str, int]) -> dict[str, float]:
     width = step.model.module.dtype.itemsize
     fsdp, tensor, data = (sizes.get(axis, 1) for axis in ("fsdp", "tensor", "data"))
     passes = 2 if settings.remat in ("none", "projections", "offloaded") else 3
-    layers = _layer_numbers(c) / tensor
+    layers = c.num_layers * layer_weights(c) / tensor
     stored = width if settings.base_format is None else 0.52 if "nf4" in settings.base_format else 1
     grads = local_bytes(tree.trainable(step.state.params))
     tokens = settings.batch_size * settings.max_length / (data * fsdp)
@@ -374,7 +373,8 @@ def check(settings: StepConfig, hf: Mapping[str, Any], sizes: Mapping[str, int])
         ValueError: heads that `tensor` does not divide; rows that the shards of the batch do not.
     """
     config = family(hf).config(hf)
-    tensor, shards = sizes.get("tensor", 1), sizes.get("data", 1) * sizes.get("fsdp", 1)
+    tensor = sizes.get("tensor", 1)
+    shards = math.prod(sizes.get(axis, 1) for axis in ("slice", "data", "fsdp", "expert"))
     if settings.full and settings.base_format is not None:
         raise ValueError(
             f"--full trains every weight, and --base-format {settings.base_format} freezes them in few "
@@ -388,7 +388,7 @@ def check(settings: StepConfig, hf: Mapping[str, Any], sizes: Mapping[str, int])
             )
     if settings.batch_size % (shards * settings.accumulate):
         raise ValueError(
-            f"batch_size={settings.batch_size} does not split into {shards} shards of rows (data x fsdp) in "
+            f"batch_size={settings.batch_size} does not split into {shards} shards of rows in "
             f"{settings.accumulate} micro-batches; use a multiple of {shards * settings.accumulate}"
         )
 
@@ -404,9 +404,8 @@ def place(
     device, named = (None, None) if kind.lower() == "cpu" else find_device(kind)
     if devices is not None and named is not None and devices != named:
         raise ValueError(f"{kind} has {named} devices, and --devices says {devices}; give one")
-    sizes = dataclasses.asdict(mesh)
-    count = devices or named or math.prod(size for size in sizes.values() if size != -1)
-    return device, _filled(sizes, count)
+    given = (size for size in dataclasses.asdict(mesh).values() if size not in (-1, None))
+    return device, _filled(mesh, devices or named or math.prod(given))
 
 
 def count(sizes: Mapping[str, int]) -> int:
@@ -414,9 +413,24 @@ def count(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.values())
 
 
-def abstract_mesh(sizes: Mapping[str, int]) -> Any:
-    """A mesh of devices that nobody has, for layouts."""
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+@dataclasses.dataclass(frozen=True)
+class _Absent:
+    """Stands in a mesh for a device that nobody has: layouts ask for no more."""
+
+    id: int
+    platform: str = "none"
+    device_kind: str = "none"
+    process_index: int = 0
+
+
+def mesh_of(sizes: Mapping[str, int], *, exists: bool) -> Mesh:
+    """The mesh over the devices there are, or over none, for layouts."""
+    if exists:
+        given = {("slices" if name == "slice" else name): size for name, size in sizes.items()}
+        return parallel.mesh(**given)
+    grid = np.array([_Absent(i) for i in range(count(sizes))], object)
+    types = (AxisType.Auto,) * len(sizes)
+    return Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=types)
 
 
 def read_config_of(model: str) -> dict[str, Any]:
@@ -486,7 +500,7 @@ def one(
     compile_it: bool = True,
 ) -> Plan:
     """The plan of one mesh and one remat policy."""
-    mesh = parallel.mesh(**sizes) if compile_it else abstract_mesh(sizes)
+    mesh = mesh_of(sizes, exists=compile_it)
     own = device.name == "cpu"
     compute = common.DTYPES[settings.dtype or ("float32" if own else "bfloat16")]
     step = program(hf, settings, mesh, compute=compute)
@@ -544,8 +558,11 @@ def meshes(count: int) -> list[dict[str, int]]:
     ]
 
 
-def _filled(sizes: dict[str, int], count: int) -> dict[str, int]:
-    """The sizes with the one that is -1 filled in."""
+def _filled(mesh: common.MeshConfig, count: int) -> dict[str, int]:
+    """The sizes by axis, the one that is -1 filled in, in the order of `parallel.mesh`."""
+    asked = {name: getattr(mesh, "slices" if name == "slice" else name) for name in axes.ORDER}
+    always = ("data", "fsdp", "tensor")
+    sizes = {name: size for name, size in asked.items() if name in always or size not in (1, None)}
     given = math.prod(size for size in sizes.values() if size != -1)
     filled = {name: count // given if size == -1 else size for name, size in sizes.items()}
     if math.prod(filled.values()) != count or min(filled.values()) < 1:
