@@ -68,7 +68,7 @@ def test_a_gathered_weight_is_of_its_own_axis_and_size(mesh):
 
 
 def test_a_sum_of_which_each_device_keeps_a_part_is_a_reduce_scatter():
-    """[16, 16] float32 is summed over four and cut in four: 3/4 of 1024 bytes, where a whole sum sends it twice."""
+    """[16, 16] float32, summed over four and cut in four: 3/4 of 1024 bytes. A whole sum sends it twice."""
     mesh = parallel.mesh(fsdp=4)
     x = shape(mesh, (ROWS, WIDTH), "fsdp")
     (found,) = read(mesh, lambda x: x.T @ jnp.tanh(x), x, out=["fsdp"])

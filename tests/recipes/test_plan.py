@@ -1,4 +1,4 @@
-"""`trainjax plan`: its state is a real run's, its figures are those of published runs, and its errors are one sentence."""
+"""`trainjax plan`: its state is a real run's, its figures near published ones, its errors one sentence."""
 
 import dataclasses
 import json
@@ -200,8 +200,10 @@ GIB = 2**30
     ids=["LoRA", "QLoRA"],
 )
 def test_memory_of_an_8b_on_one_gpu_is_that_of_torchtune_within_a_tenth(changes, published):
-    """torchtune's README (0.3.1), 'Memory and training speed': Llama 3.1 8B, 2 rows of 2048, one 4090, in GiB;
-    rank 8, activation checkpointing. What that measured has the allocator's and CUDA's own share in it."""
+    """torchtune's README (0.3.1), 'Memory and training speed', in GiB: 2 rows of 2048 on one 4090.
+
+    Its recipes have rank 8 and activation checkpointing.
+    """
     given = {"batch_size": 2, "max_length": 2048, "remat": "full", "peft": PeftConfig(rank=8)}
     found = estimate(llama("8b"), "h100", ONE, **given, **changes)
     assert found.memory["total"] / GIB == pytest.approx(published, rel=0.1)
@@ -229,7 +231,7 @@ def test_a_65b_in_four_bits_is_tuned_in_48_gb():
 def test_speed_of_full_training_is_within_a_factor_of_maxtexts(
     hf, device, chips, length, tokens_per_second
 ):
-    """MaxText 0.2.0, 'Optimized models tiering': tokens a second and chip, after tuning of kernels and layout.
+    """MaxText 0.2.0, 'Optimized models tiering': tokens a second and chip, of tuned kernels.
 
     A roofline knows neither, so the band is wide: from 0.65 to 1.6 times the published speed.
     """

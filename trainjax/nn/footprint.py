@@ -1,7 +1,7 @@
 """How much memory and recomputation training takes on an accelerator, from the architecture alone.
 
-For plans: an accelerator's kernels keep other arrays than the compiler for CPUs, which casts products to float32 and
-has no fused attention. The counts follow the table in `nn.remat`.
+For plans: an accelerator's kernels keep other arrays than the compiler for CPUs, which casts products to
+float32 and has no fused attention. The counts follow the table in `nn.remat`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def footprint(
     logsumexp = 4 * c.num_heads / tensor
     attention = width * queries / tensor + logsumexp
     projections = attention + width * (embed + (queries + 2 * keys + 2 * hidden) / tensor)
-    # Autodiff keeps both norms' outputs, the last product's input, and silu's inputs and outputs in float32.
+    # Autodiff keeps both norms' outputs, the last product's input, silu's inputs and outputs in float32.
     everything = projections + width * (2 * embed - hidden / tensor) + 4 * 4 * hidden / tensor
     per_token = {
         "full": 0.0,
@@ -73,7 +73,7 @@ def footprint(
     }[remat]
     kept = tokens * c.num_layers * (width * embed + per_token)
     matrices = layer_weights(c)
-    # Recomputed products, the float32 stream and its gradient, and three gradients of the hidden layer.
+    # Recomputed products, the stream and its gradient in float32, three gradients of the hidden layer.
     layer = tokens * (projections + 2 * 4 * embed + 3 * width * hidden / tensor)
     weights = gathered * width * matrices / tensor
     logits = 3 * 4 * min(chunk, tokens) * c.vocab_size / tensor

@@ -1,6 +1,6 @@
 """What a compiled program sends between devices: read from its HLO, by axis of the mesh.
 
-A collective in the body of a loop counts as often as the loop turns: layers are scanned, so that most of them are.
+A collective in the body of a loop counts as often as the loop turns: layers are scanned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Collective:
 
     Attributes:
         kind: of `KINDS`.
-        axis: of the mesh that its groups go along, several joined by `+`; `other` for groups that follow no axes.
+        axis: of the mesh that its groups go along, several joined by `+`.
         size: devices in a group.
         bytes: of its result on one device; of a reduce-scatter, of its operand.
         times: how often a step runs it.
@@ -247,7 +247,7 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
     if found := _IOTA.search(attributes):
         return _iota(found[1])
     if found := _MESH.search(attributes):
-        return _of_mesh(*found.groups(), devices)
+        return _of_mesh(found[1], found[2], found[3], devices)
     return np.arange(devices)[None]  # replica_groups={}: all of them
 
 
@@ -296,7 +296,7 @@ def _axis(groups: np.ndarray, axes: Mapping[str, int]) -> str:
     numbers = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
     places = {int(n): place for place, n in np.ndenumerate(numbers)}
     group = [places[int(device)] for row in groups for device in row]
-    rows = np.array(group).reshape(*groups.shape, len(axes))
+    rows: np.ndarray = np.array(group).reshape(*groups.shape, len(axes))
     varies = (rows != rows[:, :1]).any(axis=(0, 1))
     named = [name for name, moves in zip(axes, varies, strict=True) if moves]
     return "+".join(named) or "none"

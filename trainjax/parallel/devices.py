@@ -1,10 +1,11 @@
 """What makers publish of their devices: the figures that a plan is computed from.
 
-Bytes and bytes a second are of one device and of one direction; arithmetic is dense bfloat16. TPUs: cloud.google.com/tpu/docs
-(pages `v4`, `v5e`, `v5p`, `v6e`), and for the speed of one link "How to Scale Your Model"
-(jax-ml.github.io/scaling-book), chapter on TPUs. GPUs: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM,
-H200 SXM and of DGX B200; between nodes the network cards of DGX A100 (200 Gb/s a GPU), DGX H100 and
-DGX B200 (400 Gb/s a GPU).
+Bytes and bytes a second are of one device and of one direction; arithmetic is dense bfloat16.
+
+TPUs: cloud.google.com/tpu/docs (pages `v4`, `v5e`, `v5p`, `v6e`); the speed of one link, of the memory and
+of the network between slices from "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter on TPUs. GPUs:
+NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and of DGX B200; between nodes the network cards
+of DGX A100 (200 Gb/s a GPU), DGX H100 and DGX B200 (400 Gb/s a GPU).
 """
 
 from __future__ import annotations
@@ -57,9 +58,8 @@ def _tpu(
 ) -> Device:
     """A TPU, by its memory in GiB and by its links to neighbours and the speed of one."""
     network = 6.25e9  # 200 Gb/s for a host of four chips
-    return Device(
-        name, flops, memory * 2**30, bandwidth, links * link, network, together, True, cores
-    )
+    size, within = memory * 2**30, links * link
+    return Device(name, flops, size, bandwidth, within, network, together, torus=True, cores=cores)
 
 
 _ALL = (
@@ -89,8 +89,8 @@ def find_device(kind: str) -> tuple[Device, int | None]:
     name, _, size = kind.lower().partition("-")
     if name not in DEVICES or (size and not size.isdecimal()):
         raise ValueError(
-            f"there is no device {kind!r}: {', '.join(DEVICES)} and cpu are known, and slices such as v5p-256"
-            f"{nearest(name, list(DEVICES))}"
+            f"there is no device {kind!r}: {', '.join(DEVICES)} and cpu are known, and slices such as "
+            f"v5p-256{nearest(name, list(DEVICES))}"
         )
     device = DEVICES[name]
     return device, max(1, int(size) // device.cores) if size else None
@@ -99,9 +99,9 @@ def find_device(kind: str) -> tuple[Device, int | None]:
 def axis_bandwidth(device: Device, sizes: Mapping[str, int], axis: str) -> float:
     """Bytes a second that a device sends in a collective over one axis of a mesh.
 
-    Devices are numbered with the last axis fastest; the axis `slice` is always of the slow network. Where an axis leaves the node, the members
-    of one group that are in a node send through as many network cards. On a torus the axes that
-    have more than one device share the links evenly.
+    Devices are numbered with the last axis fastest; the axis `slice` is of the slow network. Where an axis
+    leaves the node, the members of a group that are in one node send through as many network cards. On
+    a torus the axes that have more than one device share the links evenly.
 
     Args:
         device: of what kind.

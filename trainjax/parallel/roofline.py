@@ -1,8 +1,8 @@
 """How long a step takes at best: arithmetic, memory and links, each at its device's published speed.
 
-`max(compute, memory, overlapped) + exposed`: the arithmetic hides the memory's work and the collectives over the axes
-that split rows (weights are fetched and gradients sent off a layer ahead); those over other axes
-lie between two products, which wait for them. Compute is at `EFFICIENCY` of the peak.
+`max(compute, memory, overlapped) + exposed`: the arithmetic hides the memory's work and the collectives
+over the axes that split rows (weights are fetched and gradients sent off a layer ahead); those over
+other axes lie between two products, which wait for them. Compute is at `EFFICIENCY` of the peak.
 
 Source: Williams et al. 2009, doi:10.1145/1498765.1498785, with collectives as in "How to Scale Your Model",
 jax-ml.github.io/scaling-book.
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from trainjax.parallel.devices import Device, axis_bandwidth
 
 EFFICIENCY = 0.7
-"""Share of the published peak that a model's products reach where nothing else holds them up: an assumption."""
+"""Share of the published peak that a model's products reach where nothing holds them up: an assumption."""
 
 OVERLAPPED = ("slice", "data", "fsdp")
 

@@ -24,7 +24,7 @@ from trainjax import axes, losses, parallel, quant, train, tree
 from trainjax.io.hub import read_config
 from trainjax.models import Model
 from trainjax.models._model import abstract_params, family
-from trainjax.nn import Decoder, DecoderConfig, flops_per_token
+from trainjax.nn import Decoder, flops_per_token
 from trainjax.nn.flops import layer_weights
 from trainjax.nn.footprint import footprint
 from trainjax.parallel.collectives import Collective, collectives
@@ -36,7 +36,6 @@ from trainjax.recipes._configs import StepConfig
 from trainjax.recipes._training import with_penalty
 from trainjax.train import metrics
 from trainjax.train.step import lowered
-from trainjax.types import Params
 
 CHUNK = 256  # tokens that go through the head at once, as in `ops.vocab`
 
@@ -60,7 +59,7 @@ class Plan:
     """
 
     mesh: dict[str, int]
-    remat: str
+    remat: common.RematName
     memory: dict[str, float]
     compiler_temporary: float
     sent: dict[str, float]
@@ -129,12 +128,12 @@ def abstract_state(settings: StepConfig, model: Model, tx: Any) -> train.TrainSt
         return _with_layout(x, whole if found is None else found.sharding)
 
     opt_state = jax.tree_util.tree_map_with_path(slot, jax.eval_shape(tx.init, trained))
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    return train.TrainState(_with_layout(step, whole), params, opt_state, _with_layout(key, whole))
+    step: Any = _with_layout(jax.ShapeDtypeStruct((), jnp.int32), whole)
+    return train.TrainState(step, params, opt_state, _with_layout(key, whole))
 
 
 def _like(name: str, x: Any, base: Mapping[str, Any], whole: NamedSharding) -> NamedSharding:
-    """The layout of what trains: its own, or of an adapter's part that of the sides it shares with its matrix."""
+    """The layout of what trains: its own, or of an adapter's part that of its matrix's sides."""
     path = name.split("/")
     prefixes = ("/".join(path[:length]) for length in range(len(path), 0, -1))
     matrix = next((base[prefix] for prefix in prefixes if prefix in base), None)
@@ -155,7 +154,7 @@ def _like(name: str, x: Any, base: Mapping[str, Any], whole: NamedSharding) -> N
     return NamedSharding(whole.mesh, PartitionSpec(*spec[: len(stack)], *last))
 
 
-def _with_layout(x: Any, layout: NamedSharding) -> jax.ShapeDtypeStruct:
+def _with_layout(x: Any, layout: NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
 
 
@@ -209,7 +208,7 @@ class Program:
         return program.compile(compiler_options=_FAST if fast else None)
 
 
-_FAST = {
+_FAST: dict[str, Any] = {
     "xla_disable_hlo_passes": "float-normalization-bf16",
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -232,8 +231,8 @@ def planned(
         step: the program.
         device: what it is to run on.
         efficiency: share of the peak that products reach.
-        own: whether the device is the one that is compiled for, a CPU: then the compiler's figure is the memory.
-        compile_it: without it collectives are those that the layout needs at least, and nothing is compiled.
+        own: whether the device is the one that is compiled for, a CPU: memory is the compiler's figure then.
+        compile_it: without it nothing is compiled, and collectives are the least that the layout needs.
     """
     settings, model, state = step.settings, step.model, step.state
     sizes = dict(model.module.mesh.shape) if model.module.mesh is not None else {}
@@ -527,7 +526,7 @@ def searched(
         except ValueError as error:
             refused.append(error)
             continue
-        for remat in ("none", "projections", "attention", "full"):
+        for remat in _REMATS:
             setting = dataclasses.replace(settings, remat=remat)
             tried.append(one(hf, setting, device, sizes, efficiency, compile_it=False))
     if not tried:
@@ -539,6 +538,9 @@ def searched(
     ]
     common.say(f"{len(tried)} layouts estimated, {len(compiled)} of them compiled")
     return sorted(compiled, key=lambda plan: _rank(plan, device))
+
+
+_REMATS: tuple[common.RematName, ...] = ("none", "projections", "attention", "full")
 
 
 def _rank(plan: Plan, device: Device) -> tuple[bool, float, float]:

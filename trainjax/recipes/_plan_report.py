@@ -68,8 +68,8 @@ def show(plans: Sequence[Plan], device: Device, config: Any) -> None:
 def _lines(plan: Plan, device: Device, config: Any) -> list[Any]:
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines: list[Any] = [
-        f"{config.model} on {device.name}: {mesh}, remat {plan.remat}, {config.batch_size} rows of "
-        f"{config.max_length} tokens",
+        f"{config.model} on {device.name}: {mesh}",
+        f"remat {plan.remat}, {config.batch_size} rows of {config.max_length} tokens",
         _memory(plan, device),
         _verdict(plan, device),
     ]
