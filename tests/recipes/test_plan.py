@@ -233,14 +233,14 @@ def test_speed_of_full_training_is_within_a_factor_of_maxtexts(
 ):
     """MaxText 0.2.0, 'Optimized models tiering': tokens a second and chip, of tuned kernels.
 
-    A roofline knows neither, so the band is wide: from 0.65 to 1.6 times the published speed.
+    A roofline knows nothing of kernels, so the band is wide: 0.7 to 1.4 times the published speed.
     """
     hf = llama(hf) if isinstance(hf, str) else hf
     sizes = {"data": 1, "fsdp": chips, "tensor": 1}
     given = {"batch_size": 2 * chips, "max_length": length, "full": True, "remat": "full"}
     found = estimate(hf, device, sizes, **given)
     speed = found.tokens / found.seconds / chips
-    assert 0.65 < speed / tokens_per_second < 1.6
+    assert 0.7 < speed / tokens_per_second < 1.4
 
 
 def test_remat_trades_memory_for_time_in_the_order_of_its_table():

@@ -49,8 +49,8 @@ def footprint(
         length: tokens of a row.
         tensor: devices that share the heads and hidden units.
         width: bytes of a number in compute.
-        gathered: layers whose matrices are whole, in the width of compute, at a time: 2 where the next one is being
-            fetched from other devices.
+        gathered: layers whose matrices are whole at a time, in the width of compute: 2 where the next one
+            is being fetched from other devices.
         chunk: tokens that go through the head at once.
 
     Raises:

@@ -2,10 +2,10 @@
 
 Bytes and bytes a second are of one device and of one direction; arithmetic is dense bfloat16.
 
-TPUs: cloud.google.com/tpu/docs (pages `v4`, `v5e`, `v5p`, `v6e`); the speed of one link, of the memory and
-of the network between slices from "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter on TPUs. GPUs:
-NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and of DGX B200; between nodes the network cards
-of DGX A100 (200 Gb/s a GPU), DGX H100 and DGX B200 (400 Gb/s a GPU).
+TPUs: cloud.google.com/tpu/docs (pages `v4`, `v5e`, `v5p`, `v6e`); the speed of one link, of the memory
+and of the network between slices from "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter
+on TPUs. GPUs: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and of DGX B200; between
+nodes the network cards of DGX A100 (200 Gb/s a GPU), DGX H100 and DGX B200 (400 Gb/s a GPU).
 """
 
 from __future__ import annotations

@@ -444,7 +444,7 @@ def read_config_of(model: str) -> dict[str, Any]:
 
 
 def has_devices(count: int) -> bool:
-    """Whether this process has so many CPU devices, or can still have them."""
+    """Whether this process has so many CPU devices, or can still have them: it has no others from then on."""
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
