@@ -1,4 +1,4 @@
-"""What a run would take on given devices, before anybody rents them: memory, communication, time, cost."""
+"""What a run would take on given devices: memory, communication, time and cost, without any weights."""
 
 from __future__ import annotations
 
