@@ -1,4 +1,4 @@
-"""What a run would take on given devices: memory, communication, time and cost, without any weights."""
+"""Memory, communication, time and cost of a run on given devices, before anybody rents them."""
 
 from __future__ import annotations
 
