@@ -82,7 +82,8 @@ def distinct(tree: Any) -> tuple[list[Any], Restore]:
     (2, {'a': 'x', 'b': ('y', 'x')})
     """
     leaves, structure = jax.tree.flatten(tree)
-    keys = [id(leaf) if isinstance(leaf, jax.Array) else -i for i, leaf in enumerate(leaves, 1)]
+    arrays = jax.Array | jax.ShapeDtypeStruct
+    keys = [id(leaf) if isinstance(leaf, arrays) else -i for i, leaf in enumerate(leaves, 1)]
     found = dict(zip(reversed(keys), reversed(leaves), strict=True))
     order = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     return [found[key] for key in order], Restore(structure, tuple(order[key] for key in keys))

@@ -29,8 +29,14 @@ def flops_per_token(
         targets: fraction of the tokens that go through the head.
     """
     c = config
-    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    layers = c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    layers = c.num_layers * layer_weights(c)
     head = targets * c.hidden_size * c.vocab_size
     attending = 12 * c.num_layers * c.num_heads * c.head_dim * context
     return (6 if full else 4) * (layers + head) + 6 * adapter_size + attending
+
+
+def layer_weights(config: DecoderConfig) -> int:
+    """Numbers in the matrices of one layer."""
+    c = config
+    attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    return attention + 3 * c.hidden_size * c.intermediate_size

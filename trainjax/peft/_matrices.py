@@ -60,7 +60,7 @@ def drawn(
             found |= {f"{name}/{part}": value for part, value in made.items()}
         return tree.unflatten(found)
 
-    shapes = tree.flatten(jax.eval_shape(parts, key, dict(matrices)))
+    shapes = tree.flatten(tree.thawed(jax.eval_shape(parts, key, dict(matrices))))
     layout = _layout(matrices, last, {name: part.shape for name, part in shapes.items()})
     return jax.jit(parts, out_shardings=layout)(key, dict(matrices))
 

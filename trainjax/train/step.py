@@ -249,33 +249,59 @@ def with_fixed_layout(step: Callable[..., tuple[TrainState, Metrics]]) -> Step:
     """
     programs: dict[Any, Any] = {}
 
-    def program(restore: sharing.Restore, layout: Any) -> Any:
-        @functools.wraps(step)
-        def of_arrays(state: TrainState, arrays: list[Any], batch: Batch) -> Any:
-            loss, extra = restore(arrays)
-            return step(state, loss, batch, extra)
-
-        return jax.jit(
-            of_arrays,
-            donate_argnums=0,
-            out_shardings=(layout, None),
-            compiler_options=platform.compiler_options(),
-        )
-
     def run(
         state: TrainState, loss: Losses, batch: Batch, **extra: Any
     ) -> tuple[TrainState, Metrics]:
-        layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-        places, structure = jax.tree.flatten(layout)
+        places, structure = jax.tree.flatten(_layout(state))
         arrays, restore = sharing.distinct((loss, extra))
         key = structure, tuple(places), tuple(x.shape for x in jax.tree.leaves(batch)), restore
         if key not in programs:
-            programs[key] = program(restore, layout)
+            programs[key] = _jitted(step, restore, _layout(state))
             programs[key].lower(state, arrays, batch).compile()  # the call finds it compiled
             _return_freed_memory()
         return programs[key](state, arrays, batch)
 
+    def lower(state: TrainState, loss: Losses, batch: Batch, **extra: Any) -> jax.stages.Lowered:
+        arrays, restore = sharing.distinct((loss, extra))
+        return _jitted(step, restore, _layout(state)).lower(state, arrays, batch)
+
+    run.__dict__["lower"] = lower
     return run
+
+
+def lowered(
+    step: Step, state: TrainState, loss: Losses, batch: Batch, **extra: Any
+) -> jax.stages.Lowered:
+    """The program that a step would run, before it is compiled; of `ShapeDtypeStruct`s too.
+
+    Args:
+        step: as `make_step` gives it.
+        state: arrays, or shapes with a sharding each.
+        loss: of such.
+        batch: of such.
+        **extra: of such.
+    """
+    return step.__dict__["lower"](state, loss, batch, **extra)
+
+
+def _layout(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def _jitted(
+    step: Callable[..., tuple[TrainState, Metrics]], restore: sharing.Restore, layout: TrainState
+) -> Any:
+    @functools.wraps(step)
+    def of_arrays(state: TrainState, arrays: list[Any], batch: Batch) -> Any:
+        loss, extra = restore(arrays)
+        return step(state, loss, batch, extra)
+
+    return jax.jit(
+        of_arrays,
+        donate_argnums=0,
+        out_shardings=(layout, None),
+        compiler_options=platform.compiler_options(),
+    )
 
 
 def _return_freed_memory() -> None:
