@@ -65,7 +65,7 @@ class Slurm:
         words = self.ask("scontrol", "--oneliner", "show", "job", str(job)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, is_so, timeout: float = 240.0) -> None:
+    def wait(self, is_so, timeout: float = 600.0) -> None:
         end = time.monotonic() + timeout
         while not is_so():
             if time.monotonic() > end:

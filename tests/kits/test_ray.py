@@ -71,7 +71,7 @@ def started(environ, flags, folder: Path) -> tuple[subprocess.Popen[bytes], Path
 
 
 def wait_for_step(job, log: Path, run: Path, step: int) -> None:
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while launching.last_step(run) < step:
         assert job.poll() is None, log.read_text()
         assert time.monotonic() < end, log.read_text()
@@ -95,7 +95,7 @@ def training(run: Path) -> list[int]:
 def whole(environ, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     job, log = started(environ, flags, folder)
-    assert job.wait(300) == 0, log.read_text()
+    assert job.wait(600) == 0, log.read_text()
     return folder / "run"
 
 
@@ -107,7 +107,7 @@ def test_a_killed_process_is_started_again_and_the_run_is_the_same(environ, flag
     processes = training(run)
     assert len(processes) == 2
     os.kill(processes[0], signal.SIGKILL)
-    assert job.wait(300) == 0, log.read_text()
+    assert job.wait(600) == 0, log.read_text()
     assert "ended with status -9; restart 1 of at most 100" in log.read_text()
     assert re.search(r"resuming after step [1-9]", log.read_text())
     assert toy.exact(run) == toy.exact(whole)
@@ -118,12 +118,12 @@ def test_sigterm_saves_and_ends_the_job(environ, flags, tmp_path):
     job, log = started(environ, flags, tmp_path)
     wait_for_step(job, log, run, 10)
     job.terminate()
-    assert job.wait(120) == 128 + signal.SIGTERM, log.read_text()
+    assert job.wait(300) == 128 + signal.SIGTERM, log.read_text()
     assert launching.newest(run) == launching.last_step(run)
     assert training(run) == []
 
 
 def test_a_job_that_is_wrong_is_not_started_again(environ, flags, tmp_path):
     job, log = started(environ, [*flags, "--learning-rte=1"], tmp_path)
-    assert job.wait(120) == 2, log.read_text()
+    assert job.wait(300) == 2, log.read_text()
     assert "restart" not in log.read_text()

@@ -61,7 +61,7 @@ class Restarted:
         lines = path.read_text().splitlines()[2 * attempt : 2 * attempt + 2]
         return [Start(*map(int, line.split())) for line in lines]
 
-    def wait(self, is_so, timeout: float = 240.0) -> None:
+    def wait(self, is_so, timeout: float = 600.0) -> None:
         end = time.monotonic() + timeout
         while not is_so():
             assert self.script.poll() is None, self.said()
@@ -110,12 +110,12 @@ def whole(flags, tmp_path_factory):
     with restarted(flags, tmp_path_factory.mktemp("whole")) as job:
         job.wait(lambda: launching.last_step(job.run) > 0)
         first = time.monotonic()
-        assert job.script.wait(240) == 0, job.said()
+        assert job.script.wait(600) == 0, job.said()
     return Whole(job.run, first - begin, time.monotonic() - first)
 
 
 def assert_like_the_whole(job: Restarted, whole: Whole) -> None:
-    assert job.script.wait(300) == 0, job.said()
+    assert job.script.wait(600) == 0, job.said()
     assert len(toy.exact(whole.run)) == STEPS
     assert toy.exact(job.run) == toy.exact(whole.run)
 
