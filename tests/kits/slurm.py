@@ -114,7 +114,7 @@ class Slurm:
             "SlurmdPort": _free_port(),
             "SlurmUser": "root",
             "AuthType": "auth/munge",
-            "AuthInfo": f"socket={munge}",
+            "AuthInfo": f"socket={munge},cred_expire=15",  # a job waits so long in the queue again
             "CredType": "cred/munge",
             "StateSaveLocation": self.folder / "state",
             "SlurmdSpoolDir": self.folder / "spool",
