@@ -1,6 +1,6 @@
 """A job of trainjax on a Ray cluster that is there: one process a worker, all started again when one is lost.
 
-    python gpu/ray_job.py --workers 2 --gpus 8 -- sft --model ... --data ... --out /shared/run
+    python gpu/ray_job.py --workers 2 --gpus 8 -- sft --model ... --data ... --out /nfs/run
 
 Run it on a machine of the cluster, or `ray job submit --address ... -- python gpu/ray_job.py ...`. Every
 worker has trainjax installed, and sees --out and --data under the same paths.
