@@ -91,6 +91,7 @@ def _status(field: str) -> int:
 
 
 def main() -> None:
+    """Measures the settings and writes the file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=3)

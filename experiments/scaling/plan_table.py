@@ -64,6 +64,7 @@ def lines(model: str, count: int, plan: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    """Runs every setting and prints the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     parser.add_argument("--show", type=Path)

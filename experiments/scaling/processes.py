@@ -75,6 +75,7 @@ def seconds(run: Run, rows: Path, out: Path) -> list[float]:
 
 
 def main() -> None:
+    """Runs every setting and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out

@@ -131,3 +131,21 @@ def test_one_process_is_its_own_cluster():
     parallel.wait_for_all("nobody else")
     parallel.check_agreement({"steps": 3})
     assert not parallel.is_peer_lost(ValueError("Gloo all-reduce failed"))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error",
+        "INTERNAL: Barrier failed. RPC: /xla.coordination.CoordinationService/Barrier",
+        "Timed out while waiting for async_write_complete barrier.",
+    ],
+)
+def test_a_lost_process_is_known_by_its_error(message, monkeypatch):
+    """What a process said that another one had left, in a step, between two and in a save."""
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    assert parallel.is_peer_lost(RuntimeError(message))
+    wrapped = OSError("the checkpoint of step 5 could not be written to run")
+    assert not parallel.is_peer_lost(wrapped)
+    wrapped.__cause__ = RuntimeError(message)
+    assert parallel.is_peer_lost(wrapped)

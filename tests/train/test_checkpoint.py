@@ -177,6 +177,15 @@ def test_a_half_written_checkpoint_is_never_chosen(tmp_path):
     assert Checkpoints(tmp_path).restore(fresh()).step == 3
 
 
+def test_saving_leaves_it_to_the_loop_to_ask_whether_to_stop(tmp_path, monkeypatch):
+    """Processes agree on one call: one that Orbax made in `save` would be missing from the loop's."""
+    asked = []
+    name = "orbax.checkpoint.checkpoint_manager.utils.reached_preemption"
+    monkeypatch.setattr(name, lambda step: bool(asked.append(step)))
+    saved(tmp_path)
+    assert asked == []
+
+
 def test_a_state_of_another_shape_is_refused_by_name(tmp_path):
     saved(tmp_path)
     with pytest.raises(

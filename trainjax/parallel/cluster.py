@@ -106,9 +106,15 @@ def is_first() -> bool:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether an error is what a process gets when another one of its run has gone."""
-    signs = ("Gloo", "Connection closed by peer", "coordination service", "NCCL")
-    return jax.distributed.is_initialized() and any(sign in str(error) for sign in signs)
+    """Whether an error is what a process gets when another one of its run has gone.
+
+    In a step it is the collective's, between steps that of JAX's coordination service, and in a save
+    Orbax's own, which has waited for the other one in vain.
+    """
+    signs = ["Gloo", "NCCL", "Connection closed by peer", "Timed out while waiting for"]
+    signs += ["coordination service", "CoordinationService"]
+    said = f"{error} {error.__cause__}"
+    return jax.distributed.is_initialized() and any(sign in said for sign in signs)
 
 
 def wait_for_all(what: str) -> None:

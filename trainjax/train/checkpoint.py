@@ -41,6 +41,17 @@ class Restored(NamedTuple):
     step: int
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask JAX whether the run is to stop.
+
+    The processes agree on one call after which they stop. Orbax asks twice in every `save`; where that
+    call was one of its own, the training loop never came to know of the signal.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints in one folder.
 
@@ -53,7 +64,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._saving = -1
         self._arrays: dict[str, list[int]] = {}
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
