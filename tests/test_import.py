@@ -1,10 +1,24 @@
-"""What importing costs: which packages come along, in a fresh interpreter."""
+"""What importing costs: which packages come along, in a fresh interpreter; and that no name is missing."""
 
+import builtins
+import dis
+import importlib
 import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
+
+import trainjax
+
+PACKAGE = Path(trainjax.__file__).parent
+MODULES = sorted(
+    f"trainjax.{'.'.join(file.relative_to(PACKAGE).with_suffix('').parts)}"
+    for file in PACKAGE.rglob("*.py")
+    if file.name != "__init__.py"
+)
 
 FOREIGN = {"torch", "tensorflow", "peft", "trl", "wandb", "datasets"}
 _WITHOUT_FAKE_DEVICES = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -43,8 +57,6 @@ def test_what_reads_data_and_gguf_files_comes_when_it_is_used():
 
 
 def test_every_public_name_is_there():
-    import trainjax
-
     assert dir(trainjax) == trainjax.__all__
     for name in trainjax.__all__:
         assert getattr(trainjax, name) is not None
@@ -60,3 +72,18 @@ jax.config.update("jax_num_cpu_devices", 3)
 assert jax.device_count() == 3
 """
     subprocess.run([sys.executable, "-c", code], env=_WITHOUT_FAKE_DEVICES, check=True)
+
+
+def _globals_read(code: types.CodeType) -> set[str]:
+    """Names that a function, and those inside of it, look up in their module."""
+    found = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return found.union(*map(_globals_read, inner))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_name_that_a_module_reads_is_there(name):
+    """What linters cannot be asked here: for them the shapes in annotations are names too."""
+    module = importlib.import_module(name)
+    code = compile(Path(module.__file__).read_text(), module.__file__, "exec")
+    assert _globals_read(code) - vars(module).keys() - vars(builtins).keys() == set()

@@ -9,6 +9,7 @@ from pathlib import Path
 from trainjax.parallel.roofline import EFFICIENCY
 from trainjax.recipes import _common as common
 from trainjax.recipes import _plan as planning
+from trainjax.recipes import _plan_place as places
 from trainjax.recipes import _plan_report as report
 from trainjax.recipes._common import MeshConfig, PeftConfig
 from trainjax.recipes._configs import StepConfig
@@ -71,13 +72,13 @@ class Config:
 def main(config: Config) -> None:
     """Runs the job."""
     _check(config)
-    device, sizes = planning.place(config.device, config.devices, config.mesh)
-    hf = planning.read_config_of(config.model)
-    planning.check(config.settings(), hf, {} if config.search else sizes)
-    if not planning.has_devices(count := planning.count(sizes)):
-        planning.run_elsewhere(config, count)
+    device, sizes = places.place(config.device, config.devices, config.mesh)
+    hf = places.read_config_of(config.model)
+    places.check(config.settings(), hf, {} if config.search else sizes)
+    if not places.has_devices(count := places.count(sizes)):
+        places.run_elsewhere(config, count)
         return
-    device = planning.this_machine(config.settings()) if device is None else device
+    device = places.this_machine(config.settings()) if device is None else device
     found = (
         planning.searched(hf, config.settings(), device, count, config.efficiency, config.top)
         if config.search
