@@ -14,6 +14,8 @@ from trainjax.models import random_model
 from trainjax.parallel.devices import DEVICES
 from trainjax.recipes import _common as common
 from trainjax.recipes import _plan as planning
+from trainjax.recipes import _plan_place as places
+from trainjax.recipes import _plan_program as programs
 from trainjax.recipes import plan
 from trainjax.recipes._common import PeftConfig
 
@@ -64,7 +66,7 @@ def layouts(state):
 def test_weights_and_state_are_a_real_runs_byte_by_byte_on_each_device(mesh, changes):
     given = settings(**changes)
     hf = toy.CONFIG | {"dtype": "float32"}
-    step = planning.program(hf, given, mesh, compute=jnp.float32)
+    step = programs.program(hf, given, mesh, compute=jnp.float32)
 
     model = random_model(hf, jax.random.key(0), mesh=mesh)
     if given.base_format is not None:
@@ -80,7 +82,7 @@ def test_weights_and_state_are_a_real_runs_byte_by_byte_on_each_device(mesh, cha
         shards = (s for x in jax.tree.leaves(pytree) for s in x.addressable_shards)
         return sum(s.data.nbytes for s in shards if s.device == one)
 
-    assert planning.local_bytes(step.model.params) == held(model.params)
+    assert programs.local_bytes(step.model.params) == held(model.params)
     ours, theirs = layouts(step.state), layouts(real)
     assert ours.keys() == theirs.keys()
     for name, (shape, dtype, sharding) in theirs.items():
@@ -136,7 +138,7 @@ def test_a_plan_tells_memory_collectives_time_and_cost(run):
 
 def test_what_does_not_fit_is_an_answer_and_says_by_how_much(run, monkeypatch):
     small = dataclasses.replace(DEVICES["h100"], memory=1e3)
-    monkeypatch.setattr(planning, "find_device", lambda kind: (small, None))
+    monkeypatch.setattr(places, "find_device", lambda kind: (small, None))
     told, printed = run("--device", "h100", "--devices", 4)
     (found,) = told["plans"]
     assert not found["fits"]
