@@ -10,6 +10,7 @@ import pytest
 
 import trainjax as tj
 from tests import helpers
+from trainjax.parallel.collectives import collectives
 from trainjax.peft import lora
 from trainjax.types import Loss
 
@@ -191,3 +192,21 @@ def test_a_changed_token_changes_nothing_in_another_segment_of_its_row():
     changed["tokens"][0, 5] = 60  # the first of the second segment
     differs = np.asarray(jnp.any(hidden(batch) != hidden(changed), axis=-1))[0]
     np.testing.assert_array_equal(differs, batch["segments"][0] == 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_head_is_fetched_once_and_not_by_each_chunk_of_tokens(tied):
+    """What a step sends does not grow with the chunks that go through the head."""
+    mesh = helpers.mesh_of(1, 4, 1)
+    model = helpers.tiny(mesh=mesh, tie_word_embeddings=tied, vocab_size=5000)
+    method = lora(rank=2)
+    adapter = method.init(KEY, model.params)
+    batch = jax.device_put(helpers.random_batch(rows=4, seq=300), tj.parallel.rows(mesh))
+    loss = tj.losses.sft(tj.policy(model, method))
+    gradient = jax.jit(jax.grad(lambda adapter, loss: loss(adapter, batch, None)[0]))
+    program = gradient.lower(adapter, loss).compile().as_text()
+    sent = [
+        sum(c.sent for c in collectives(program, mesh.shape, turns=turns) if c.axis == "fsdp")
+        for turns in (1.0, 100.0)
+    ]
+    assert sent[1] == sent[0] > 0

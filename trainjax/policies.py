@@ -8,15 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from trainjax import platform, sharing, tree
+from trainjax import axes, platform, sharing, tree
 from trainjax.models import Model
 from trainjax.nn import Decoder, head
 from trainjax.ops.attention import Branches
 from trainjax.ops.draw import draw
 from trainjax.ops.fold import fold
+from trainjax.ops.head import Head, Tied
 from trainjax.ops.vocab import NO_EXTRAS, Extras, TokenStats, token_stats
 from trainjax.peft.switched import chosen
 from trainjax.types import Batch, Params, Peft, pytree, static
@@ -68,7 +71,7 @@ class Policy:
         folded = fold(self.module.mesh, *targets.shape)
         stats = token_stats(
             folded(hidden),
-            head(self.module.config, weights),
+            self._head(weights),
             folded(_shifted(targets)),
             folded(_shifted(where).at[:, -1].set(False)),
             groups=folded.groups,
@@ -86,8 +89,7 @@ class Policy:
         """
         weights, hidden, _ = self._forward(params, batch)
         tokens = batch["tokens"]
-        output = head(self.module.config, weights)
-        drawn = draw(key, hidden, output, vocab_block=self._vocab_block())
+        drawn = draw(key, hidden, self._head(weights), vocab_block=self._vocab_block())
         return jnp.roll(drawn, 1, axis=1).at[:, 0].set(tokens[:, 0])
 
     def attached(self, params: Params | None, key: PRNGKeyArray | None = None) -> Params:
@@ -115,6 +117,25 @@ class Policy:
         functions run.
         """
         return tree.flatten(self._forward(params, batch, key)[2])
+
+    def _head(self, weights: Params) -> Head:
+        """The output head; a frozen one is whole on each device but for `tensor`.
+
+        Shared over `fsdp` it would be fetched anew for each chunk of tokens that goes through it.
+        """
+        mesh, output = self.module.mesh, head(self.module.config, weights)
+        if self.base is None or axes.length(mesh, "fsdp") == 1:
+            return output
+        assert mesh is not None
+        matrix = output.embedding if isinstance(output, Tied) else output
+        if not isinstance(matrix, jax.Array):
+            return output
+        is_tied = isinstance(output, Tied)
+        vocab = matrix.shape[0 if is_tied else 1]
+        split = "tensor" if vocab % mesh.shape["tensor"] == 0 else None
+        layout = NamedSharding(mesh, P(split, None) if is_tied else P(None, split))
+        whole = jax.lax.with_sharding_constraint(matrix, layout)
+        return Tied(whole) if is_tied else whole
 
     def _vocab_block(self) -> int | None:
         """Entries of the vocabulary at once: all of them where devices share it."""
