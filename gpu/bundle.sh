@@ -1,10 +1,26 @@
 #!/usr/bin/env bash
-# Puts pure-Python packages that the benchmark needs, or compares with, into a folder that travels with the
-# checkout to a machine without a network; bench.py finds them there, after what is installed.
-#   gpu/bundle.sh [FOLDER]     the folder is gpu/bring, and what was in it is replaced
-# PYTHON chooses the interpreter that has pip; TARGET the Python version of the other machine.
+# Puts what the benchmark needs into a folder: see --help.
 set -euo pipefail
-folder=${1:-$(dirname "$0")/bring}
+
+if [[ ${1:---help} == --help ]]; then
+  cat <<'TEXT'
+usage: [SETTING=VALUE ...] gpu/bundle.sh FOLDER
+
+Puts pure-Python packages that gpu/bench.py needs, or compares with, into a folder (gpu/bring is where it looks)
+that travels with the checkout to a machine without a network. There it finds them after what is installed.
+A bundle that is in the folder already is made anew; another folder that holds something is left alone.
+
+PYTHON   the interpreter that has pip                [python3]
+TARGET   the Python version of the other machine     [3.12]
+TEXT
+  exit 0
+fi
+
+folder=$1 marker=.trainjax-bundle
+if [[ -e $folder && ! -e $folder/$marker && -n $(ls -A "$folder") ]]; then
+  echo "error: $folder holds something that is no bundle; name another folder" >&2
+  exit 2
+fi
 
 packages=(
   chex==0.1.92 toolz==1.2.0 # losses
@@ -17,6 +33,7 @@ trap 'rm -rf "$made"' EXIT
 "${PYTHON:-python3}" -m pip install --quiet --no-deps --no-compile --only-binary=:all: \
   --platform any --implementation py --python-version "${TARGET:-3.12}" --target "$made" "${packages[@]}"
 echo '*' >"$made/.gitignore"
+touch "$made/$marker"
 rm -rf "$folder"
 mkdir -p "$(dirname "$folder")"
 cp -r "$made" "$folder"

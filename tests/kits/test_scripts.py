@@ -50,7 +50,7 @@ def test_help_is_there_without_any_setting(script, flags):
         [script, *flags], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"JOB \[FLAG \.\.\.\]|host\.sh ARCHIVE BUCKET", done.stdout)
+    assert re.search(r"JOB \[FLAG \.\.\.\]|host\.sh ARCHIVE BUCKET|bundle\.sh FOLDER", done.stdout)
 
 
 def test_every_setting_that_a_script_reads_is_in_its_help():
@@ -85,13 +85,18 @@ def played(folder: Path, command: str, script: str) -> dict[str, str]:
 
 
 class TestRunUntilDone:
-    """With a trainjax that ends with the next of $STATUSES at each start, 9 for SIGKILL by itself."""
+    """With a trainjax that ends with the next of $STATUSES at each start, or with that of its process.
+
+    9 is for SIGKILL by itself.
+    """
 
     SCRIPT = ROOT / "gpu" / "run_until_done.sh"
-    TRAINJAX = """
+    TRAINJAX = r"""
 echo "${CUDA_VISIBLE_DEVICES:-} $*" >>"$SAID"
 read -ra statuses <<<"$STATUSES"
-status=${statuses[$(($(wc -l <"$SAID") - 1))]}
+place=$(($(wc -l <"$SAID") - 1))
+[[ ! $* =~ process-id\ ([0-9]+) ]] || place=${BASH_REMATCH[1]}
+status=${statuses[place]:-0}
 [[ $status != 9 ]] || kill -KILL $$
 [[ $status != wait ]] || exec python3 -c 'import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); open(sys.argv[1], "w"); time.sleep(60)' "$SAID.ready"
