@@ -401,3 +401,13 @@ def test_without_a_gpu_the_script_measures_small_models_and_writes_both_files(tm
     text = (tmp_path / "bench.md").read_text()
     assert "**No GPU was to be had.**" in text
     assert f"## Where the time of `{profile}` goes" in text
+
+
+def test_the_bundle_leaves_a_folder_alone_that_is_none(tmp_path):
+    (tmp_path / "mine").write_text("x")
+    done = subprocess.run([GPU / "bundle.sh", tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {tmp_path} holds something that is no bundle; name another folder\n",
+    )
+    assert (tmp_path / "mine").read_text() == "x"
