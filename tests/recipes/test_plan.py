@@ -159,8 +159,8 @@ def test_search_ranks_what_fits_by_time_and_says_how_many_were_compiled(run):
     seconds = [found["step_seconds"] for found in told["plans"]]
     assert len(seconds) == 2
     assert seconds == sorted(seconds) or seconds[0] == pytest.approx(seconds[1], rel=0.06)
-    # 6 meshes of 4 devices, of which tensor=4 does not divide the 2 key heads; 4 policies of each.
-    assert "20 layouts estimated, 2 of them compiled" in printed.err
+    # 6 meshes of 4 devices; 4 policies of each.
+    assert "24 layouts estimated, 2 of them compiled" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_search_ranks_what_fits_by_time_and_says_how_many_were_compiled(run):
     [
         (["--device", "h101"], "there is no device 'h101': v4, v5e, v5p, v6e, a100"),
         (["--device", "h100", "--devices", 6, "--mesh.tensor", 4], "does not multiply to 6 devices"),
-        (["--device", "h100", "--mesh.tensor", 4], "does not divide the model's 2 key heads"),
+        (["--device", "h100", "--mesh.tensor", 8], "does not divide the model's 4 attention heads"),
         (["--device", "h100", "--devices", 3], "batch_size=8 does not split into 3 shards of rows"),
         (["--device", "v5p-8", "--devices", 8], "v5p-8 has 4 devices, and --devices says 8"),
         (["--device", "h100", "--efficiency", 1.5], "efficiency=1.5 is no share of the peak"),

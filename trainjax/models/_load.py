@@ -27,7 +27,7 @@ from trainjax.models._model import (
     fingerprint,
     tensor_names,
 )
-from trainjax.nn import Decoder, body, remat
+from trainjax.nn import Decoder, body, check_heads, remat
 from trainjax.types import Checkpoint, Params, Peft
 
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", "masked_bias")  # buffers that old files carry
@@ -183,13 +183,7 @@ def _module(hf: Mapping[str, Any], mesh: Mesh | None, compute_dtype: Any, remat:
     if compute_dtype is None:
         compute_dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     config = family(hf).config(hf)
-    tensor, heads = axes.length(mesh, "tensor"), config.num_heads
-    if heads % tensor:
-        fits = [str(size) for size in range(1, heads + 1) if heads % size == 0]
-        raise ValueError(
-            f"the mesh's tensor={tensor} does not divide the model's {heads} attention heads; use "
-            f"{', '.join(fits)}"
-        )
+    check_heads(config, axes.length(mesh, "tensor"))
     return Decoder(config, jnp.dtype(compute_dtype), remat, mesh)
 
 

@@ -2,7 +2,16 @@
 be an array or any `trainjax.types.Weight`, and no layer knows which.
 """
 
-from trainjax.nn.decoder import Cache, Decoder, DecoderConfig, body, head, init_cache, start_cache
+from trainjax.nn.decoder import (
+    Cache,
+    Decoder,
+    DecoderConfig,
+    body,
+    check_heads,
+    head,
+    init_cache,
+    start_cache,
+)
 from trainjax.nn.flops import flops_per_token
 from trainjax.nn.virtual import num_virtual_tokens
 
@@ -11,6 +20,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "body",
+    "check_heads",
     "flops_per_token",
     "head",
     "init_cache",

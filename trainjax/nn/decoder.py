@@ -55,6 +55,22 @@ class DecoderConfig:
     max_length: int = 2048
 
 
+def check_heads(config: DecoderConfig, tensor: int) -> None:
+    """Raises where a mesh's `tensor` axis does not divide the attention heads.
+
+    Key heads may be fewer than its devices, which then share them.
+
+    Raises:
+        ValueError: with the sizes that do.
+    """
+    if config.num_heads % tensor:
+        fits = [str(n) for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
+        raise ValueError(
+            f"the mesh's tensor={tensor} does not divide the model's {config.num_heads} attention heads; "
+            f"use {', '.join(fits)}"
+        )
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far, for generation.
 

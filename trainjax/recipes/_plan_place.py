@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh
 from trainjax import axes, parallel
 from trainjax.io.hub import read_config
 from trainjax.models._model import family
+from trainjax.nn import check_heads
 from trainjax.parallel.devices import Device, find_device
 from trainjax.recipes import _common as common
 from trainjax.recipes._configs import StepConfig
@@ -31,7 +32,7 @@ def check(settings: StepConfig, hf: Mapping[str, Any], sizes: Mapping[str, int])
     """Raises for a mesh that the model or the batch cannot be split over.
 
     Raises:
-        ValueError: heads that `tensor` does not divide; rows that the shards of the batch do not.
+        ValueError: heads that `tensor` does not divide, rows that the shards of the batch do not.
     """
     config = family(hf).config(hf)
     tensor = sizes.get("tensor", 1)
@@ -41,12 +42,7 @@ def check(settings: StepConfig, hf: Mapping[str, Any], sizes: Mapping[str, int])
             f"--full trains every weight, and --base-format {settings.base_format} freezes them in few "
             "bits; leave one of the two out"
         )
-    for name, heads in (("heads", config.num_heads), ("key heads", config.num_kv_heads)):
-        if heads % tensor:
-            raise ValueError(
-                f"tensor={tensor} does not divide the model's {heads} {name}; use a divisor of "
-                f"{config.num_kv_heads}"
-            )
+    check_heads(config, tensor)
     if settings.batch_size % (shards * settings.accumulate):
         raise ValueError(
             f"batch_size={settings.batch_size} does not split into {shards} shards of rows in "
