@@ -142,9 +142,10 @@ def test_fifteen_kills_at_random_moments_lose_nothing_that_was_saved(flags, whol
     statuses = re.findall(r"ended with status ([\d ]+);", job.said())
     assert len(statuses) == 15
     print(f"steps done again: {lost}; checkpoints left half-written: {found_half}; {statuses}")
-    # What was saved is whole or, in this moment, still on its way to the disk.
-    assert max(lost) < 2 * SAVE_EVERY
-    assert sum(step > 0 for step in lost) > 3  # steps were done, and lost, and done again
+    # Of two saves the first is whole when the second begins: the steps up to there, which is told of before
+    # it begins, are what can be lost while the first is on its way to the disk.
+    assert max(lost) <= 2 * SAVE_EVERY, lost
+    assert sum(step > 0 for step in lost) > 3, lost  # steps were done, and lost, and done again
 
 
 def test_sigterm_loses_no_step(flags, whole, tmp_path):
