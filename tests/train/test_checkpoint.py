@@ -1,3 +1,4 @@
+import errno
 import logging
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from trainjax import parallel, train
 from trainjax.train import Checkpoints
+from trainjax.train.checkpoint import may_be_repeated
 
 TX = optax.adamw(1e-2)
 
@@ -252,3 +254,11 @@ def test_a_filesystem_that_is_away_for_a_moment_is_asked_again(tmp_path):
     assert done.stdout.split("\n")[-2] == "2"
     assert "the next one takes its place" in done.stderr
     assert "writing it again" in done.stderr
+
+
+def test_several_processes_do_not_write_again_what_one_of_them_could_not(monkeypatch):
+    away = OSError(errno.EIO, "Input/output error")
+    assert may_be_repeated(away)
+    assert not may_be_repeated(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert not may_be_repeated(away)

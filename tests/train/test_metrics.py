@@ -1,10 +1,13 @@
+import errno
 import json
+import resource
 import sys
 import types
 
 import jax
 import pytest
 
+from trainjax import retries
 from trainjax.train import metrics
 
 
@@ -176,3 +179,18 @@ def test_peak_flops_of_an_accelerator_is_the_published_one_of_all(monkeypatch, k
     monkeypatch.setattr(jax, "default_backend", lambda: "accelerator")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)] * 4)
     assert metrics.peak_flops() == (None if each is None else 4 * each)
+
+
+def test_a_record_is_there_once_though_half_of_it_was_written_at_first(tmp_path, monkeypatch):
+    """The file may have 20 bytes, and a moment later as many as it wants."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    back = lambda pause: resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # noqa: E731
+    monkeypatch.setattr(retries, "TRANSIENT", {errno.EFBIG})
+    monkeypatch.setattr(retries.time, "sleep", back)
+    path = tmp_path / "metrics.jsonl"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        write(path, [{"step": 1, "loss": 2.5, "note": "x" * 50}, {"step": 2}])
+    finally:
+        back(0)
+    assert [record["step"] for record in lines(path)] == [1, 2]

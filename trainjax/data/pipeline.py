@@ -230,7 +230,7 @@ class Loader(Iterator[Batch]):
     Args:
         examples: from `encode`.
         plan: how they become batches.
-        mesh: splits rows over its `data` and `fsdp` axes.
+        mesh: splits rows over its axes for them; see `trainjax.axes`.
 
     Raises:
         ValueError: a batch, or rows, that the mesh does not divide; a batch of which this process has

@@ -7,6 +7,7 @@ the one before it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -39,6 +40,14 @@ class Restored(NamedTuple):
     state: TrainState
     extra: dict[str, Any]
     step: int
+
+
+def may_be_repeated(error: OSError) -> bool:
+    """Whether a checkpoint that was not written can be written again.
+
+    Where the filesystem was away for a moment; of several processes one alone may know that it was.
+    """
+    return jax.process_count() == 1 and retries.is_transient(error)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -80,7 +89,8 @@ class Checkpoints:
     def save(self, state: TrainState, extra: Mapping[str, Any]) -> None:
         """Starts to write a checkpoint of the state; returns once the arrays have been copied.
 
-        Where the one before it failed because the filesystem was away for a moment, this one takes its place.
+        Where the one before it failed because the filesystem was away for a moment, this one takes its place;
+        not of several processes, which would have to agree on it.
 
         Raises:
             OSError: the one before it could not be written (a full disk, a folder gone).
@@ -88,7 +98,7 @@ class Checkpoints:
         try:
             self.wait()
         except OSError as error:
-            if not retries.is_transient(error):
+            if not may_be_repeated(error):
                 raise
             _log.warning("%s; the next one takes its place", error)
         step = int(state.step)
@@ -168,7 +178,9 @@ class Checkpoints:
             state=ocp.args.StandardRestore(jax.tree.map(_abstract, _as_arrays(state))),
             extra=ocp.args.JsonRestore(),
         )
-        found = retries.retried(self._manager.restore, step, args=items)
+        restore = functools.partial(self._manager.restore, step, args=items)
+        # Of several processes all take part, so that one alone cannot do it again.
+        found = restore() if jax.process_count() > 1 else retries.retried(restore)
         return Restored(_with_key_of(state, found.state), found.extra, step)
 
     def _write_manifest(self) -> None:
@@ -210,9 +222,13 @@ class Checkpoints:
             name for name in here.keys() | there.keys() if here.get(name) != there.get(name)
         )
         if odd:
+            told = [
+                f"{name} is {there.get(name, 'not in it')}, this run has "
+                f"{here.get(name, 'no such array')}"
+                for name in odd[:5]
+            ]
             raise ValueError(
-                f"{self._path(step)} was written by another configuration: {odd[0]} is "
-                f"{there.get(odd[0], 'not in it')}, this run has {here.get(odd[0], 'no such array')} "
+                f"{self._path(step)} was written by another configuration: {'; '.join(told)} "
                 f"({len(odd)} arrays differ)"
             )
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from trainjax import platform, retries, sharing
-from trainjax.train.checkpoint import Checkpoints
+from trainjax.train.checkpoint import Checkpoints, may_be_repeated
 from trainjax.train.metrics import Sink, peak_memory_bytes
 from trainjax.train.state import TrainState
 from trainjax.train.step import Step
@@ -139,14 +139,11 @@ def fit(
 
 
 def _finish(checkpoints: Checkpoints, save: Callable[[], None]) -> None:
-    """Waits for the last checkpoint; writes it again where the filesystem was away for a moment.
-
-    Of several processes one alone may know that it was, so they raise.
-    """
+    """Waits for the last checkpoint; writes it again where the filesystem was away for a moment."""
     try:
         checkpoints.wait()
     except OSError as error:
-        if jax.process_count() > 1 or not retries.is_transient(error):
+        if not may_be_repeated(error):
             raise
         _log.warning("%s; writing it again", error)
 

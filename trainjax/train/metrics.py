@@ -48,8 +48,13 @@ def jsonl(path: Path, *, after_step: int = 0) -> Iterator[Sink]:
         shorter = path.with_name(f".{path.name}.tmp")
         shorter.write_text("".join(f"{line}\n" for line in kept))
         shorter.replace(path)  # at once: whoever is killed here has lost no record
-    with path.open("a", buffering=1) as file:
-        yield lambda record: retried(print, json.dumps(dict(record)), file=file)
+    with path.open("a") as file:
+
+        def write(record: Record) -> None:
+            file.write(json.dumps(dict(record)) + "\n")
+            retried(file.flush)  # what was not written stays in the buffer
+
+        yield write
 
 
 def _is_before(line: str, after_step: int) -> bool:
