@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 import trainjax as tj
 from tests import helpers
+from trainjax import policies
+from trainjax.ops.head import Tile, tile
 from trainjax.parallel.collectives import collectives
 from trainjax.peft import lora
 from trainjax.types import Loss
@@ -195,18 +198,46 @@ def test_a_changed_token_changes_nothing_in_another_segment_of_its_row():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_frozen_head_is_fetched_once_and_not_by_each_chunk_of_tokens(tied):
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4, 1), (4, 1, 1), (1, 2, 2)])
+def test_a_head_is_fetched_and_its_gradient_added_up_once_and_not_for_each_chunk_of_tokens(
+    shape, trained, tied
+):
     """What a step sends does not grow with the chunks that go through the head."""
-    mesh = helpers.mesh_of(1, 4, 1)
+    mesh = helpers.mesh_of(*shape)
     model = helpers.tiny(mesh=mesh, tie_word_embeddings=tied, vocab_size=5000)
-    method = lora(rank=2)
-    adapter = method.init(KEY, model.params)
+    method = None if trained else lora(rank=2)
+    params = model.params if method is None else method.init(KEY, model.params)
     batch = jax.device_put(helpers.random_batch(rows=4, seq=300), tj.parallel.rows(mesh))
     loss = tj.losses.sft(tj.policy(model, method))
-    gradient = jax.jit(jax.grad(lambda adapter, loss: loss(adapter, batch, None)[0]))
-    program = gradient.lower(adapter, loss).compile().as_text()
+    layout = jax.tree.map(lambda leaf: leaf.sharding, params)
+    gradient = jax.jit(
+        jax.grad(lambda params, loss: loss(params, batch, None)[0]), out_shardings=layout
+    )
+    program = gradient.lower(params, loss).compile().as_text()
     sent = [
-        sum(c.sent for c in collectives(program, mesh.shape, turns=turns) if c.axis == "fsdp")
+        sum(
+            c.sent
+            for c in collectives(program, mesh.shape, turns=turns)
+            if c.axis != "tensor"  # that has a part of each product
+        )
         for turns in (1.0, 100.0)
     ]
     assert sent[1] == sent[0] > 0
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_goes_through_the_head_at_once_changes_no_value(trained, monkeypatch):
+    model = helpers.tiny()
+    policy = tj.policy(model)
+    batch = jax.tree.map(jnp.asarray, helpers.random_batch(rows=2, seq=10))
+
+    def gradient(size):
+        monkeypatch.setattr(policies, "tile", lambda platform: size)
+        stopped = (lambda p: p) if trained else jax.lax.stop_gradient
+        loss = lambda p: policy(p | {"head": stopped(p["head"])}, batch).logprobs.sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(model.params)
+
+    own, others = gradient(tile("cpu")), gradient(tile("gpu"))
+    chex.assert_trees_all_close(own, others, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(own, gradient(Tile(3, 7)), rtol=1e-5, atol=1e-5)

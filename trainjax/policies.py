@@ -14,12 +14,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from trainjax import axes, platform, sharing, tree
+from trainjax.derivatives import own_gradient
 from trainjax.models import Model
 from trainjax.nn import Decoder, head
 from trainjax.ops.attention import Branches
 from trainjax.ops.draw import draw
 from trainjax.ops.fold import fold
-from trainjax.ops.head import Head, Tied
+from trainjax.ops.head import Head, Tied, tile
 from trainjax.ops.vocab import NO_EXTRAS, Extras, TokenStats, token_stats
 from trainjax.peft.switched import chosen
 from trainjax.types import Batch, Params, Peft, pytree, static
@@ -75,6 +76,7 @@ class Policy:
             folded(_shifted(targets)),
             folded(_shifted(where).at[:, -1].set(False)),
             groups=folded.groups,
+            chunk=tile(jax.default_backend()).tokens,
             vocab_block=self._vocab_block(),
             extras=extras,
         )
@@ -119,28 +121,31 @@ class Policy:
         return tree.flatten(self._forward(params, batch, key)[2])
 
     def _head(self, weights: Params) -> Head:
-        """The output head; a frozen one is whole on each device but for `tensor`.
+        """The output head, whole on each device but for `tensor`, in the dtype of the arithmetic.
 
-        Shared over `fsdp` it would be fetched anew for each chunk of tokens that goes through it.
+        Shared over `fsdp` it would be fetched anew for each chunk of tokens that goes through it, and as
+        often its gradient be added up over the devices.
         """
         mesh, output = self.module.mesh, head(self.module.config, weights)
-        if self.base is None or axes.length(mesh, "fsdp") == 1:
-            return output
-        assert mesh is not None
         matrix = output.embedding if isinstance(output, Tied) else output
-        if not isinstance(matrix, jax.Array):
+        if mesh is None or mesh.size == 1 or not isinstance(matrix, jax.Array):
             return output
-        is_tied = isinstance(output, Tied)
-        vocab = matrix.shape[0 if is_tied else 1]
-        split = "tensor" if vocab % mesh.shape["tensor"] == 0 else None
-        layout = NamedSharding(mesh, P(split, None) if is_tied else P(None, split))
-        whole = jax.lax.with_sharding_constraint(matrix, layout)
-        return Tied(whole) if is_tied else whole
+        sides = ("tensor", "fsdp") if isinstance(output, Tied) else ("fsdp", "tensor")
+        shared = [
+            side if size % axes.length(mesh, side) == 0 else None
+            for side, size in zip(sides, matrix.shape, strict=True)
+        ]
+        whole = [side if side == "tensor" else None for side in shared]
+        narrow = min(matrix.dtype, self.module.dtype, key=lambda dtype: jnp.dtype(dtype).itemsize)
+        matrix = _fetched(
+            matrix.astype(narrow), NamedSharding(mesh, P(*shared)), NamedSharding(mesh, P(*whole))
+        )
+        return Tied(matrix) if isinstance(output, Tied) else matrix
 
     def _vocab_block(self) -> int | None:
         """Entries of the vocabulary at once: all of them where devices share it."""
-        mesh = self.module.mesh
-        return None if mesh is not None and mesh.shape["tensor"] > 1 else 2048
+        is_shared = axes.length(self.module.mesh, "tensor") > 1
+        return None if is_shared else tile(jax.default_backend()).entries
 
     def _forward(
         self, params: Params | None, batch: Batch, key: PRNGKeyArray | None = None
@@ -176,6 +181,23 @@ def _forward(
 
     reports = reported.get("reports", {})
     return weights, hidden, jax.tree.map(in_order, reports) if folded.parts > 1 else reports
+
+
+@own_gradient(nondiff_argnums=(1, 2))
+def _fetched(matrix: Array, shared: NamedSharding, whole: NamedSharding) -> Array:
+    """The matrix laid out as `whole`; its gradient goes back to where its shards are."""
+    return jax.lax.with_sharding_constraint(matrix, whole)
+
+
+def _fetched_fwd(matrix: Array, shared: NamedSharding, whole: NamedSharding) -> tuple[Array, None]:
+    return _fetched(matrix, shared, whole), None
+
+
+def _fetched_bwd(shared: NamedSharding, whole: NamedSharding, _: None, g: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(g, shared),)
+
+
+_fetched.defvjp(_fetched_fwd, _fetched_bwd)
 
 
 def policy(model: Model, method: Peft | None = None) -> Policy:

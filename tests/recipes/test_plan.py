@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests import toy
+from tests import helpers, toy
 from trainjax import cli, parallel, quant, train, tree
 from trainjax.models import random_model
+from trainjax.nn.footprint import footprint
+from trainjax.ops.head import tile
 from trainjax.parallel.devices import DEVICES
 from trainjax.recipes import _common as common
 from trainjax.recipes import _plan as planning
@@ -152,6 +154,21 @@ def test_this_machine_is_planned_by_its_compilers_figure(run):
     memory = found["memory"]
     rest = memory["gradients"] + memory["activations"] + memory["temporary"]
     assert rest == pytest.approx(found["compiler_temporary"])
+
+
+def test_a_shared_head_that_trains_is_whole_while_its_gradient_is_added_up():
+    config = helpers.tiny(vocab_size=50_000).config
+    size = config.hidden_size * config.vocab_size
+    found = {
+        (trained, gathered): footprint(
+            config, "full", rows=1.0, length=8, head=tile("gpu"), gathered=gathered, trained=trained
+        ).working
+        for trained in (False, True)
+        for gathered in (1, 2)
+    }
+    assert found[True, 2] - found[False, 2] == 4 * size  # in float32
+    assert found[False, 2] - found[False, 1] == 2 * size  # in bfloat16
+    assert found[True, 1] == found[False, 1]  # there it is the gradient that the optimizer gets
 
 
 def test_search_ranks_what_fits_by_time_and_says_how_many_were_compiled(run):

@@ -10,6 +10,7 @@ import dataclasses
 
 from trainjax.nn.decoder import DecoderConfig
 from trainjax.nn.flops import layer_weights
+from trainjax.ops.head import Tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ def footprint(
     tensor: int = 1,
     width: int = 2,
     gathered: int = 1,
-    chunk: int = 256,
+    trained: bool = False,
+    head: Tile,
 ) -> Footprint:
     """The footprint of one device.
 
@@ -51,7 +53,8 @@ def footprint(
         width: bytes of a number in compute.
         gathered: layers whose matrices are whole at a time, in the width of compute: 2 where the next one
             is being fetched from other devices.
-        chunk: tokens that go through the head at once.
+        trained: whether the head trains: its gradient is added up before it goes to where its shards are.
+        head: what goes through it at once; of the vocabulary all where devices share it.
 
     Raises:
         KeyError: a remat policy that is not in the table.
@@ -76,15 +79,16 @@ def footprint(
     # Recomputed products, the stream and its gradient in float32, three gradients of the hidden layer.
     layer = tokens * (projections + 2 * 4 * embed + 3 * width * hidden / tensor)
     weights = gathered * width * matrices / tensor
-    logits = 3 * 4 * min(chunk, tokens) * c.vocab_size / tensor
+    entries = min(head.entries, c.vocab_size) if tensor == 1 else c.vocab_size / tensor
+    logits = 3 * 4 * min(head.tokens, tokens) * entries
     states = tokens * embed * (4 + 3 * width)
-    table = width * embed * c.vocab_size / tensor if gathered > 1 else 0.0
+    whole = (width + 4 * trained) * embed * c.vocab_size / tensor if gathered > 1 else 0.0
     passes = 2 if remat in ("none", "projections", "offloaded") else 3
     forward = 2 * matrices + 4 * queries * length / 2
     repeated = {"full": forward, "attention": 2 * matrices}.get(remat, 0.0)
     return Footprint(
         kept=kept,
-        working=max(layer + weights, states + logits + table),
+        working=max(layer + weights, states + logits + whole),
         traffic=2 * kept + 2 * passes * c.num_layers * tokens * projections,
         repeated=float(c.num_layers * repeated),
     )

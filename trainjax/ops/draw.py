@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from trainjax.ops.head import Head, Tied, block_of, over_blocks, scores_of
+from trainjax.ops.head import Head, block_of, is_plain, over_blocks, scores_of
 
 
 def draw(
@@ -31,7 +31,7 @@ def draw(
     Source: Maddison et al. 2014, arXiv:1411.0030.
     """
     x = hidden.reshape(-1, hidden.shape[-1])
-    vocab_block = vocab_block if isinstance(head, Tied | jax.Array) else None
+    vocab_block = vocab_block if is_plain(head) else None
 
     def one_block(carry, start, size):
         top, drawn = carry

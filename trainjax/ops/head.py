@@ -6,7 +6,8 @@ blocks of the vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,36 @@ class Tied(Weight):
     def dense(self) -> Float[Array, "embed vocab"]:
         """The transpose, in memory."""
         return self.embedding.astype(jnp.float32).T
+
+
+class Tile(NamedTuple):
+    """What goes through the head at once.
+
+    Attributes:
+        tokens: rows of the product.
+        entries: its columns, of the vocabulary.
+    """
+
+    tokens: int
+    entries: int
+
+
+def tile(platform: str) -> Tile:
+    """The part of `hidden @ head` that a platform computes best in one product.
+
+    A CPU's caches hold a small one. An accelerator wants one that fills it: of 256 tokens by 2048 entries
+    an H100 would have 16 blocks of 128 by 256 for its 132 processors, and a thousand such products to start
+    in a row of 4096 tokens. (Worked out, not measured.)
+
+    Args:
+        platform: as `jax.default_backend()` says.
+    """
+    return Tile(256, 2048) if platform == "cpu" else Tile(1024, 16384)
+
+
+def is_plain(head: Head) -> bool:
+    """Whether the head is a matrix, its own or the embedding's, and no other `Weight`."""
+    return isinstance(head, Tied | jax.Array)
 
 
 def logits(hidden: Float[Array, "*rows embed"], head: Head) -> Float[Array, "*rows vocab"]:
@@ -82,9 +113,27 @@ def _cut(a: Array, start: Array | int, size: int, axis: int) -> Array:
     return a if size == a.shape[axis] else lax.dynamic_slice_in_dim(a, start, size, axis)
 
 
+def zero_gradient(trained: Head, groups: int) -> Head:
+    """What a head's gradient is summed up in.
+
+    Of a plain head in float32 and for each group of rows by itself, `[groups, *shape]`: groups are on
+    devices of their own, which so add up over all chunks before they exchange anything.
+    """
+    if is_plain(trained):
+        return jax.tree.map(lambda w: jnp.zeros((groups, *w.shape), jnp.float32), trained)
+    return jax.tree.map(jnp.zeros_like, trained)
+
+
+def gradient(total: Head, trained: Head) -> Head:
+    """The head's gradient of what was summed up since `zero_gradient`."""
+    if is_plain(trained):
+        return jax.tree.map(lambda a, w: a.sum(axis=0).astype(w.dtype), total, trained)
+    return total
+
+
 def add_slice(total: Head, part: Head, start: Array | int) -> Head:
-    """The gradient of a head, or of its trained leaves, with that of a block of it added."""
-    axis = 0 if isinstance(total, Tied) else 1
+    """The sums of `zero_gradient` with those of a block of the vocabulary added."""
+    axis = -2 if isinstance(total, Tied) else -1
 
     def add(whole, piece):
         if piece.shape == whole.shape:
@@ -97,7 +146,7 @@ def add_slice(total: Head, part: Head, start: Array | int) -> Head:
 
 def scores_of(x: Float[Array, "rows embed"], block: Head) -> Float[Array, "rows vocab"]:
     """`x @ block`, accumulated and kept in float32 where the head is a plain matrix."""
-    if isinstance(block, Tied | jax.Array):
+    if is_plain(block):
         matrix, axis = (block.embedding, 1) if isinstance(block, Tied) else (block, 0)
         return lax.dot_general(
             x,
@@ -110,7 +159,7 @@ def scores_of(x: Float[Array, "rows embed"], block: Head) -> Float[Array, "rows 
 
 def pull_back(g: Float[Array, "rows vocab"], block: Head, x: Float[Array, "rows embed"]) -> Array:
     """`g @ block.T` in float32, for any kind of head."""
-    if isinstance(block, Tied | jax.Array):
+    if is_plain(block):
         matrix, axis = (block.embedding, 0) if isinstance(block, Tied) else (block, 1)
         return lax.dot_general(
             g,
@@ -120,6 +169,41 @@ def pull_back(g: Float[Array, "rows vocab"], block: Head, x: Float[Array, "rows 
         )
     _, pull = jax.vjp(lambda x: x @ block, x)
     return pull(g)[0].astype(jnp.float32)
+
+
+def scores_and_pullback(
+    x: Float[Array, "rows embed"], trained: Head, frozen: Head, groups: int
+) -> tuple[Float[Array, "rows vocab"], Callable[[Array], tuple[Array, Head]]]:
+    """`scores_of`, and the function from their gradient to those of `x` and of the head.
+
+    Args:
+        x: rows, those of each group beside one another.
+        trained: a block of the head, with its trained leaves alone.
+        frozen: the head's other leaves.
+        groups: of rows, whose gradients of a plain head stay apart; see `zero_gradient`.
+    """
+    if not is_plain(trained):
+        return jax.vjp(lambda x, part: scores_of(x, joined(part, frozen)), x, trained)
+
+    def pull(g: Array) -> tuple[Array, Head]:
+        g = g.astype(x.dtype)
+        xs, gs = (a.reshape(groups, -1, a.shape[-1]) for a in (x, g))
+        sides = (gs, xs) if isinstance(trained, Tied) else (xs, gs)
+        over_rows = (((1,), (1,)), ((0,), (0,)))
+        piece = lax.dot_general(*sides, over_rows, preferred_element_type=jnp.float32)
+        return pull_back(g, trained, x), jax.tree.map(lambda _: piece, trained)
+
+    return scores_of(x, trained), pull
+
+
+def joined(trained: Head, frozen: Head) -> Head:
+    """The whole head from its two parts, each of which has None where the other has a leaf."""
+    return jax.tree.map(
+        lambda one, other: other if one is None else one,
+        trained,
+        frozen,
+        is_leaf=lambda node: node is None,
+    )
 
 
 def target_rows(head: Head, targets: Int[Array, "groups tokens"], x: Array, chunk: int) -> Array:

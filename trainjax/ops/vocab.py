@@ -27,10 +27,15 @@ from trainjax.ops.head import (
     Tied,
     add_slice,
     block_of,
+    gradient,
+    is_plain,
+    joined,
     over_blocks,
     pull_back,
+    scores_and_pullback,
     scores_of,
     target_rows,
+    zero_gradient,
 )
 
 
@@ -98,7 +103,7 @@ def token_stats(
     batch, seq, embed = hidden.shape
     tokens = batch * seq // groups
     chunk = min(chunk, tokens)
-    if not isinstance(head, Tied | jax.Array):
+    if not is_plain(head):
         vocab_block = None
     grouped = functools.partial(jnp.reshape, shape=(groups, tokens))
     order = jnp.argsort(~grouped(where), axis=1, stable=True)
@@ -136,7 +141,7 @@ def _mean_logit(x: Float[Array, "batch seq embed"], head: Head) -> Float[Array, 
 
     (Under dropout a `Lora` head draws here once more: the same in expectation.)
     """
-    if isinstance(head, Tied | jax.Array):
+    if is_plain(head):
         matrix, axis = (head.embedding, 0) if isinstance(head, Tied) else (head, 1)
         row = jnp.mean(matrix, axis, dtype=jnp.float32)
     else:
@@ -155,7 +160,7 @@ def _chunked(static: _Static, x, head, targets, num_chunks):
 def _chunked_fwd(static: _Static, x, head, targets, num_chunks):
     trained, frozen = _primals(head, perturbed=True), _primals(head, perturbed=False)
     is_frozen = not jax.tree.leaves(trained)
-    args = x.value, _joined(trained, frozen), targets.value, num_chunks.value
+    args = x.value, joined(trained, frozen), targets.value, num_chunks.value
     stats, rows = _forward(static, *args, with_rows=is_frozen)
     return stats, (x.value, trained, frozen, targets.value, num_chunks.value, stats, rows)
 
@@ -188,16 +193,6 @@ def _primals(head: Head, *, perturbed: bool) -> Head:
         lambda leaf: leaf.value if leaf.perturbed == perturbed else None,
         head,
         is_leaf=lambda node: isinstance(node, CustomVJPPrimal),
-    )
-
-
-def _joined(trained: Head, frozen: Head) -> Head:
-    """The whole head from its two parts."""
-    return jax.tree.map(
-        lambda one, other: other if one is None else one,
-        trained,
-        frozen,
-        is_leaf=lambda node: node is None,
     )
 
 
@@ -323,7 +318,7 @@ def _backward(
     """Gradients of hidden states and of the head's trained leaves; scores are computed once more."""
     groups, _, embed = x.shape
     rows = groups * static.chunk
-    head = _joined(trained, frozen)
+    head = joined(trained, frozen)
     of_entropy = () if g_entropy is None else (stats.entropy, g_entropy)
 
     def one_chunk(i, grads):
@@ -335,11 +330,8 @@ def _backward(
 
         def one_block(carry, start, size):
             dxc, dhead = carry
-            scores, pull = jax.vjp(
-                lambda xc, part: scores_of(xc, _joined(part, frozen)),
-                xc,
-                block_of(trained, start, size),
-            )
+            block = block_of(trained, start, size)
+            scores, pull = scores_and_pullback(xc, block, frozen, groups)
             hit = (tc[:, None] - start) == jnp.arange(size)
             g = (gl - gp)[:, None] * jnp.exp(scores - lc[:, None]) + jnp.where(
                 hit, gp[:, None], 0.0
@@ -357,9 +349,9 @@ def _backward(
         dxc = dxc.reshape(groups, static.chunk, embed)
         return lax.dynamic_update_slice_in_dim(dx, dxc, i * static.chunk, axis=1), dhead
 
-    start = jnp.zeros(x.shape, jnp.float32), jax.tree.map(jnp.zeros_like, trained)
+    start = jnp.zeros(x.shape, jnp.float32), zero_gradient(trained, groups)
     dx, dhead = lax.fori_loop(0, num_chunks, one_chunk, start)
-    return dx.astype(x.dtype), dhead
+    return dx.astype(x.dtype), gradient(dhead, trained)
 
 
 def _chunk_of(a: Array, i: Array, chunk: int) -> Array:

@@ -11,6 +11,7 @@ from trainjax import axes, tree
 from trainjax.nn import flops_per_token
 from trainjax.nn.flops import layer_weights
 from trainjax.nn.footprint import footprint
+from trainjax.ops.head import tile
 from trainjax.parallel.collectives import Collective, collectives
 from trainjax.parallel.devices import Device
 from trainjax.parallel.roofline import Roofline, roofline
@@ -18,8 +19,6 @@ from trainjax.recipes import _common as common
 from trainjax.recipes._configs import StepConfig
 from trainjax.recipes._plan_place import check, mesh_of, meshes
 from trainjax.recipes._plan_program import Program, local_bytes, program
-
-CHUNK = 256  # tokens that go through the head at once, as in `ops.vocab`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,8 @@ def planned(
         tensor=sizes.get("tensor", 1),
         width=width,
         gathered=2 if spread else 1,
-        chunk=CHUNK,
+        trained=settings.full,
+        head=tile("cpu" if own else "accelerator"),
     )
     memory = {
         "weights": weights,
@@ -100,7 +100,7 @@ def planned(
     if compile_it:
         compiled = step.compiled(fast=not own)
         temporary = float(compiled.memory_analysis().temp_size_in_bytes)
-        turns = float(-(-rows * settings.max_length // sequence // CHUNK))
+        turns = float(-(-rows * settings.max_length // sequence // tile("cpu").tokens))
         found = collectives(compiled.as_text(), sizes, turns=turns)
     if own:
         rest = temporary - own_bytes
