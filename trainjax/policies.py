@@ -17,7 +17,7 @@ from trainjax import axes, platform, sharing, tree
 from trainjax.derivatives import own_gradient
 from trainjax.models import Model
 from trainjax.nn import Decoder, head
-from trainjax.ops.attention import Branches
+from trainjax.ops.blocked import Branches
 from trainjax.ops.draw import draw
 from trainjax.ops.fold import fold
 from trainjax.ops.head import Head, Tied, tile

@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 
 from tests import helpers
-from trainjax.ops.attention import (
-    Branches,
-    Prefix,
-    _cudnn_refuses,
-    _splash_refuses,
-    attend,
-    attend_cache,
-    blocked,
-    splash,
-)
+from trainjax.ops.attention import _cudnn_refuses, _splash_refuses, attend, splash
+from trainjax.ops.blocked import Branches, Prefix, attend_cache, blocked
 
 
 class Case(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from trainjax.nn.dense import Dense, latest
 from trainjax.nn.virtual import KEPT
-from trainjax.ops import attention as ops
+from trainjax.ops.attention import attend
+from trainjax.ops.blocked import Prefix, Segments, attend_cache
 from trainjax.ops.rope import Rotation, rotate
 
 
@@ -61,9 +61,9 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "batch seq embed"],
         rotation: Rotation,
-        segments: ops.Segments | None,
+        segments: Segments | None,
         cache: LayerCache | None,
-        prefix: ops.Prefix | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
         query = self._heads(x, self.num_heads, "query")
         key = self._heads(x, self.num_kv_heads, "key")
@@ -75,15 +75,23 @@ class Attention(nn.Module):
             for name, kept in (("keys", key), ("values", value)):
                 self.sow(KEPT, name, kept, reduce_fn=latest, init_fn=lambda: None)
         if cache is None:
-            attend = functools.partial(ops.attend, window=self.window, mesh=self.mesh)
-            out = attend(query, key, value, segments, prefix=prefix, parts=self.parts)
+            out = attend(
+                query,
+                key,
+                value,
+                segments,
+                prefix=prefix,
+                window=self.window,
+                mesh=self.mesh,
+                parts=self.parts,
+            )
         else:
             cache = _extend(cache, key, value)
             keys, values = (
                 lax.dynamic_index_in_dim(stack, cache.layer, keepdims=False)
                 for stack in (cache.keys, cache.values)
             )
-            out = ops.attend_cache(query, keys, values, cache.visible)
+            out = attend_cache(query, keys, values, cache.visible)
         out = out.reshape(*x.shape[:2], self.num_heads * self.head_dim)
         return Dense(x.shape[-1], self.output_bias, name="output")(out), cache
 

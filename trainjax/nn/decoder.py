@@ -25,7 +25,7 @@ from trainjax.nn.attention import Attention, LayerCache
 from trainjax.nn.dense import Dense, Embed, weight
 from trainjax.nn.mlp import SwiGlu
 from trainjax.nn.virtual import KEPT, Virtual, num_virtual_tokens, virtual_tokens
-from trainjax.ops.attention import Prefix, Segments
+from trainjax.ops.blocked import Prefix, Segments
 from trainjax.ops.fold import Fold, fold
 from trainjax.ops.head import Head, Tied
 from trainjax.ops.matmul import products
