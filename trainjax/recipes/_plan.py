@@ -10,7 +10,7 @@ from typing import Any
 from trainjax import axes, tree
 from trainjax.nn import flops_per_token
 from trainjax.nn.flops import layer_weights
-from trainjax.nn.footprint import footprint
+from trainjax.nn.footprint import Footprint, footprint
 from trainjax.ops.head import tile
 from trainjax.parallel.collectives import Collective, collectives
 from trainjax.parallel.devices import Device
@@ -71,25 +71,11 @@ def planned(
     """
     settings, model, state = step.settings, step.model, step.state
     sizes = dict(model.module.mesh.shape) if model.module.mesh is not None else {}
-    sequence = sizes.get("sequence", 1)
-    rows = settings.batch_size / axes.num_row_shards(model.module.mesh) / settings.accumulate
     width = model.module.dtype.itemsize
-    weights = 0.0 if settings.full else local_bytes(model.params)
     own_bytes = local_bytes(tree.trainable(state.params))
-    spread = sizes.get("fsdp", 1) > 1
-    foot = footprint(
-        model.config,
-        settings.remat,
-        rows=rows,
-        length=settings.max_length // sequence,
-        tensor=sizes.get("tensor", 1),
-        width=width,
-        gathered=2 if spread else 1,
-        trained=settings.full,
-        head=tile("cpu" if own else "accelerator"),
-    )
+    foot = _footprint(step, sizes, "cpu" if own else "accelerator")
     memory = {
-        "weights": weights,
+        "weights": 0.0 if settings.full else local_bytes(model.params),
         "trained": local_bytes(state.params),
         "optimizer": local_bytes(state.opt_state),
         "gradients": own_bytes,
@@ -100,7 +86,7 @@ def planned(
     if compile_it:
         compiled = step.compiled(fast=not own)
         temporary = float(compiled.memory_analysis().temp_size_in_bytes)
-        turns = float(-(-rows * settings.max_length // sequence // tile("cpu").tokens))
+        turns = float(-(-_rows(step) * _length(step, sizes) // tile("cpu").tokens))
         found = collectives(compiled.as_text(), sizes, turns=turns)
     if own:
         rest = temporary - own_bytes
@@ -117,22 +103,50 @@ def planned(
     )
     devices = math.prod(sizes.values())
     flops = (needed + tokens * foot.repeated) / devices
-    passes = 2 if foot.repeated == 0 else 3
-    gathered = (
-        width * model.config.num_layers * layer_weights(model.config) / sizes.get("tensor", 1)
-    )
-    traffic = (
-        passes * settings.accumulate * max(gathered, weights)
-        + 2 * local_bytes(state.opt_state)
-        + 4 * own_bytes
-        + settings.accumulate * foot.traffic
-    )
+    traffic = _traffic(step, sizes, foot, memory)
     times = roofline(device, sizes, flops=flops, traffic=traffic, sent=sent, efficiency=efficiency)
     mfu = needed / (times.step * device.flops * devices)
     table = _table(found, width)
     return Plan(
         *(sizes, settings.remat, memory, temporary, sent, table, needed, flops, times, mfu, tokens)
     )
+
+
+def _rows(step: Program) -> float:
+    """Of a micro-batch on one device."""
+    shards = axes.num_row_shards(step.model.module.mesh)
+    return step.settings.batch_size / shards / step.settings.accumulate
+
+
+def _length(step: Program, sizes: Mapping[str, int]) -> int:
+    """Tokens of a row that are on one device."""
+    return step.settings.max_length // sizes.get("sequence", 1)
+
+
+def _footprint(step: Program, sizes: Mapping[str, int], platform: str) -> Footprint:
+    return footprint(
+        step.model.config,
+        step.settings.remat,
+        rows=_rows(step),
+        length=_length(step, sizes),
+        tensor=sizes.get("tensor", 1),
+        width=step.model.module.dtype.itemsize,
+        gathered=2 if sizes.get("fsdp", 1) > 1 else 1,
+        trained=step.settings.full,
+        head=tile(platform),
+    )
+
+
+def _traffic(
+    step: Program, sizes: Mapping[str, int], foot: Footprint, memory: Mapping[str, float]
+) -> float:
+    """Bytes through one device's memory in a step: weights in every pass, the update, activations."""
+    config, accumulate = step.model.config, step.settings.accumulate
+    passes = 2 if foot.repeated == 0 else 3
+    matrices = config.num_layers * layer_weights(config) / sizes.get("tensor", 1)
+    weights = max(step.model.module.dtype.itemsize * matrices, memory["weights"])
+    update = 2 * memory["optimizer"] + 4 * memory["gradients"]
+    return accumulate * (passes * weights + foot.traffic) + update
 
 
 def sent_as_on(found: list[Collective], width: int) -> dict[str, float]:
