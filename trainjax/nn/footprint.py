@@ -84,8 +84,8 @@ def footprint(
     states = tokens * embed * (4 + 3 * width)
     whole = (width + 4 * trained) * embed * c.vocab_size / tensor if gathered > 1 else 0.0
     passes = 2 if remat in ("none", "projections", "offloaded") else 3
-    forward = 2 * matrices + 4 * queries * length / 2
-    repeated = {"full": forward, "attention": 2 * matrices}.get(remat, 0.0)
+    again = 2 * (matrices - embed * hidden)  # nothing asks for the last product's output
+    repeated = {"full": again + 4 * queries * length / 2, "attention": again}.get(remat, 0.0)
     return Footprint(
         kept=kept,
         working=max(layer + weights, states + logits + whole),
