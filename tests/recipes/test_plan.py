@@ -6,10 +6,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests import helpers, toy
-from trainjax import cli, parallel, quant, train, tree
+from trainjax import axes, cli, parallel, quant, train, tree
 from trainjax.models import random_model
 from trainjax.nn.footprint import footprint
 from trainjax.ops.head import tile
@@ -187,6 +188,8 @@ def test_search_ranks_what_fits_by_time_and_says_how_many_were_compiled(run):
         (["--device", "h100", "--devices", 6, "--mesh.tensor", 4], "does not multiply to 6 devices"),
         (["--device", "h100", "--mesh.tensor", 8], "does not divide the model's 4 attention heads"),
         (["--device", "h100", "--devices", 3], "batch_size=8 does not split into 3 shards of rows"),
+        (["--device", "h100", "--mesh.sequence", 3, "--mesh.fsdp", 1],
+         "rows of 32 tokens are not divisible by the mesh's sequence=3; use 33"),
         (["--device", "v5p-8", "--devices", 8], "v5p-8 has 4 devices, and --devices says 8"),
         (["--device", "h100", "--efficiency", 1.5], "efficiency=1.5 is no share of the peak"),
         (["--device", "h100", "--price-per-device-hour", 2], "needs --tokens"),
@@ -273,6 +276,33 @@ def test_remat_trades_memory_for_time_in_the_order_of_its_table():
     assert memory == sorted(memory, reverse=True)
     assert seconds == sorted(seconds)
     assert seconds[0] < seconds[-1]
+
+
+def test_long_rows_may_be_shared_by_devices():
+    """Each holds the activations of its part; the last compares its tokens with all keys before them."""
+    given = {"batch_size": 2, "max_length": 2**16, "remat": "full"}
+    whole = estimate(llama("8b"), "h100", ONE | {"fsdp": 2}, **given)
+    parts = {"data": 1, "fsdp": 2, "sequence": 4, "tensor": 1}
+    shared = estimate(llama("8b"), "h100", parts, **given)
+    assert shared.memory["activations"] == whole.memory["activations"] / 4
+    assert shared.memory["total"] < whole.memory["total"]
+    assert whole.flops / 4 < shared.flops < whole.flops / 4 * (2 - 1 / 4)
+    layers, rows, keys, passes = 32, 1, 2 * 8 * 128, 4
+    assert shared.sent["sequence"] == 3 / 4 * passes * layers * rows * 2**16 * keys * 2
+
+
+def test_a_search_splits_rows_where_enough_is_left_of_them():
+    short, long = places.meshes(4, 1024), places.meshes(4, 3 * 1024)
+    assert all("sequence" not in sizes for sizes in short)
+    assert places.meshes(4, 4096)[1] == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert {sizes.get("sequence", 1) for sizes in long} == {
+        1,
+        2,
+    }  # 1536 tokens each; 4 would have 768
+    assert {"data": 1, "fsdp": 1, "sequence": 4, "tensor": 1} in places.meshes(4, 4096)
+    for sizes in places.meshes(8, 2**17):
+        assert list(sizes) == [axis for axis in axes.ORDER if axis in sizes]
+        assert np.prod(list(sizes.values())) == 8
 
 
 @pytest.mark.slow

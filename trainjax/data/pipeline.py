@@ -241,7 +241,7 @@ class Loader(Iterator[Batch]):
         from trainjax.data.stream import prefetched  # Grain comes where batches are streamed
 
         self.examples, self.plan, self.mesh = examples, plan, mesh
-        _check_length(plan.length, mesh)
+        check_length(plan.length, axes.length(mesh, "sequence"))
         self._iterator = prefetched(examples, plan, own_rows(plan.batch_size, mesh))
         weakref.finalize(self, self._iterator.close)  # its thread would outlive the interpreter
 
@@ -270,8 +270,17 @@ def one_epoch(examples: Examples, plan: Plan, mesh: Mesh | None = None) -> Itera
         yield to_devices(arrays, mesh, plan.batch_size)
 
 
-def _check_length(length: int, mesh: Mesh | None) -> None:
-    if length % (parts := axes.length(mesh, "sequence")):
+def check_length(length: int, parts: int) -> None:
+    """Raises for rows that the mesh's `sequence` does not divide.
+
+    Args:
+        length: tokens of a row.
+        parts: devices that share one.
+
+    Raises:
+        ValueError: of such rows.
+    """
+    if length % parts:
         raise ValueError(
             f"rows of {length} tokens are not divisible by the mesh's sequence={parts}; use "
             f"{-(-length // parts) * parts}"

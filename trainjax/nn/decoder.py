@@ -189,13 +189,13 @@ class Decoder(nn.Module):
             cache: earlier tokens' keys and values, or None in training. It begins as `start_cache`.
         """
         c = self.config
-        embed = Embed(c.vocab_size, c.hidden_size, self.dtype, name="embed")
+        embed = Embed(c.vocab_size, c.hidden_size, self.dtype, self.mesh, name="embed")
         are_ids = jnp.issubdtype(tokens.dtype, jnp.integer)
         folded = Fold()
         if are_ids and cache is None:
             folded = fold(self.mesh, *tokens.shape)
         tokens, positions, segments = jax.tree.map(folded, (tokens, positions, segments))
-        x = embed(tokens) if are_ids else tokens.astype(self.dtype)
+        x = embed(tokens, folded.parts) if are_ids else tokens.astype(self.dtype)
         x = _shard_rows(x, self.mesh, folded.parts)
         if not c.tie_embeddings and self.is_initializing():
             Dense(c.vocab_size, name="head")(x)

@@ -6,8 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from trainjax.ops.lookup import lookup
 from trainjax.ops.matmul import matmul
 from trainjax.types import Weight
 
@@ -50,17 +52,21 @@ class Embed(nn.Module):
     Attributes:
         num_embeddings, features: the table's shape.
         dtype: what the rows are returned in.
+        mesh: the mesh that table and tokens are laid out over, or None.
     """
 
     num_embeddings: int
     features: int
     dtype: Any = jnp.float32
+    mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq embed"]:
+    def __call__(
+        self, tokens: Int[Array, "batch seq"], parts: int = 1
+    ) -> Float[Array, "batch seq embed"]:
         shape = (self.num_embeddings, self.features)
         table = weight(self, "embedding", nn.initializers.normal(0.02), shape)
-        return table[tokens].astype(self.dtype)
+        return lookup(table, tokens, dtype=self.dtype, mesh=self.mesh, parts=parts)
 
 
 def weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:

@@ -28,6 +28,7 @@ from trainjax.ops.blocked import (
     related,
     ungrouped,
 )
+from trainjax.ops.tiled import tiled
 
 _log = logging.getLogger(__name__)
 
@@ -103,14 +104,16 @@ def gathered(
 
     With few key heads beside query heads these are the smaller part: `2 kv_heads dim` numbers a token
     against the `heads dim` of the queries, which stay. Their gradients are summed where they came from.
-    The last device has the most keys to see, and the others wait for it.
+    The last device has the most keys to see, and the others wait for it. (`ops.tiled` passes over the keys
+    after its queries.)
 
     Source: Grattafiori et al. 2024, arXiv:2407.21783, section 3.3.2 (context parallelism).
     """
     rows = (*axes.rows(mesh), "sequence")
     heads = "tensor" if key.shape[2] % axes.length(mesh, "tensor") == 0 else None
     array, ids, virtual = P(rows, None, heads, None), P(rows, None), P(heads, None, None)
-    kind = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else query.dtype
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    kind, tile = (jnp.float32, (256, 512)) if is_cpu else (query.dtype, (1024, 1024))
 
     def local(query, key, value, segments, prefix):
         whole = functools.partial(lax.all_gather, axis_name="sequence", axis=1, tiled=True)
@@ -119,7 +122,7 @@ def gathered(
         at = lax.axis_index("sequence") * own + jnp.arange(own)
         q, k, v = (x.astype(kind) for x in (query, key, value))
         virtual = None if prefix is None else Prefix(*prefix)
-        out = blocked(q, k, v, segments, prefix=virtual, window=window, at=at)
+        out = tiled(q, k, v, at, segments, prefix=virtual, window=window, tile=tile)
         return out.astype(query.dtype)
 
     given, layouts = (None, None) if prefix is None else (tuple(prefix), (virtual, virtual, ids))

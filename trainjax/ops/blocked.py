@@ -50,7 +50,7 @@ class Prefix(NamedTuple):
     positions: Int[Array, "batch seq"] | None = None
 
 
-_MASKED = -1e30  # finite, so that a row with nothing to see gives numbers nobody reads, not NaN
+MASKED = -1e30  # finite, so that a row with nothing to see gives numbers nobody reads, not NaN
 
 
 class _Blocks(NamedTuple):
@@ -59,30 +59,26 @@ class _Blocks(NamedTuple):
 
 
 def blocked(
-    query: Float[Array, "batch queries heads dim"],
+    query: Query,
     key: KeyValue,
     value: KeyValue,
     segments: Segments | None = None,
     *,
     prefix: Prefix | None = None,
     window: int | None = None,
-    at: Int[Array, " queries"] | None = None,
     block: int = 128,
-) -> Float[Array, "batch queries heads dim"]:
+) -> Query:
     """`attend` in plain XLA: blocks of queries, each against the keys that it may see.
 
     Keys after a block are never touched, which nearly halves the work, and no array is larger than
     `heads * block * seq`. Output and logsumexp are all that the gradient keeps besides the inputs.
     Query heads that share a key head are rows of one matrix product. The keys of a prefix are the first
     of every block.
-
-    Where queries are a part of the row, `at` is the place of each among the keys and segments, which are
-    the whole row's; every block then goes over all keys.
     """
     seq = query.shape[1]
     size = min(seq, max(block, -(-seq // 16)))  # blocks are unrolled: 16 at most
     arrays = grouped(query, key.shape[2]), heads_first(key), heads_first(value)
-    return ungrouped(_blocked(_Blocks(size, window), *arrays, segments, prefix, at))
+    return ungrouped(_blocked(_Blocks(size, window), *arrays, segments, prefix))
 
 
 def grouped(query: Query, kv_heads: int) -> Float[Array, "batch kv_heads group seq dim"]:
@@ -103,51 +99,51 @@ def heads_first(x: KeyValue) -> Float[Array, "batch kv_heads seq dim"]:
 
 
 @own_gradient(nondiff_argnums=(0,))
-def _blocked(blocks: _Blocks, q, k, v, segments, prefix, at):
-    return _blocked_fwd(blocks, q, k, v, segments, prefix, at)[0]
+def _blocked(blocks: _Blocks, q, k, v, segments, prefix):
+    return _blocked_fwd(blocks, q, k, v, segments, prefix)[0]
 
 
-def _blocked_fwd(blocks: _Blocks, q, k, v, segments, prefix, at):
+def _blocked_fwd(blocks: _Blocks, q, k, v, segments, prefix):
     outs, logsumexps = [], []
-    for rows, seen in _ranges(blocks, q, k, at):
+    for rows, seen in _ranges(blocks, q):
         ki, vi = _keys_and_values(prefix, k, v, seen)
-        allowed = _allowed(segments, prefix, rows, seen, blocks.window, at)
-        scores = _scores(q[..., rows, :], ki, allowed)
+        allowed = _allowed(segments, prefix, rows, seen, blocks.window)
+        scores = masked_scores(q[..., rows, :], ki, allowed)
         top = jnp.max(scores, axis=-1, keepdims=True)
         p = jnp.exp(scores - top)
         total = jnp.sum(p, axis=-1, keepdims=True)
-        out = _per_kv_head(p.astype(v.dtype), vi, 1, 0) / total
-        outs.append(_split_rows(out.astype(q.dtype), q))
-        logsumexps.append(_split_rows(top + jnp.log(total), q))
+        out = per_kv_head(p.astype(v.dtype), vi, 1, 0) / total
+        outs.append(split_rows(out.astype(q.dtype), q))
+        logsumexps.append(split_rows(top + jnp.log(total), q))
     out = checkpoint_name(jnp.concatenate(outs, axis=3), "attention")
     lse = checkpoint_name(jnp.concatenate(logsumexps, axis=3), "attention")
-    return out, (q, k, v, segments, prefix, at, out, lse)
+    return out, (q, k, v, segments, prefix, out, lse)
 
 
 def _blocked_bwd(blocks: _Blocks, residuals, g):
-    q, k, v, segments, prefix, at, out, lse = residuals
+    q, k, v, segments, prefix, out, lse = residuals
     f32 = jnp.float32
     delta = jnp.sum(g.astype(f32) * out.astype(f32), axis=-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, f32), jnp.zeros(v.shape, f32)
     shared_k: Any = None if prefix is None else jnp.zeros(prefix.keys.shape, f32)
     shared_v = shared_k
-    for rows, seen in _ranges(blocks, q, k, at):
-        qi, gi = _merge_rows(q[..., rows, :]), _merge_rows(g[..., rows, :])
+    for rows, seen in _ranges(blocks, q):
+        qi, gi = merge_rows(q[..., rows, :]), merge_rows(g[..., rows, :])
         ki, vi = _keys_and_values(prefix, k, v, seen)
-        allowed = _allowed(segments, prefix, rows, seen, blocks.window, at)
-        scores = _scores(q[..., rows, :], ki, allowed)
-        p = jnp.exp(scores - _merge_rows(lse[..., rows, :]))
-        dp = _per_kv_head(gi, vi, 1, 1)
-        ds = p * (dp - _merge_rows(delta[..., rows, :])) * q.shape[-1] ** -0.5
+        allowed = _allowed(segments, prefix, rows, seen, blocks.window)
+        scores = masked_scores(q[..., rows, :], ki, allowed)
+        p = jnp.exp(scores - merge_rows(lse[..., rows, :]))
+        dp = per_kv_head(gi, vi, 1, 1)
+        ds = p * (dp - merge_rows(delta[..., rows, :])) * q.shape[-1] ** -0.5
         p, ds = p.astype(g.dtype), ds.astype(q.dtype)
-        dv, shared_v = _added(dv, shared_v, seen, _per_kv_head(p, gi, 0, 0))
-        dk, shared_k = _added(dk, shared_k, seen, _per_kv_head(ds, qi, 0, 0))
-        dqs.append(_split_rows(_per_kv_head(ds, ki, 1, 0), q))
+        dv, shared_v = _added(dv, shared_v, seen, per_kv_head(p, gi, 0, 0))
+        dk, shared_k = _added(dk, shared_k, seen, per_kv_head(ds, qi, 0, 0))
+        dqs.append(split_rows(per_kv_head(ds, ki, 1, 0), q))
     dq = jnp.concatenate(dqs, axis=3)
     dprefix = None
     if prefix is not None:
         dprefix = Prefix(shared_k.astype(prefix.keys.dtype), shared_v.astype(prefix.values.dtype))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dprefix, None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, dprefix
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
@@ -174,12 +170,10 @@ def _added(own, shared, seen: slice, new):
     return own.at[:, :, seen].add(new[:, :, count:]), shared + jnp.sum(new[:, :, :count], axis=0)
 
 
-def _ranges(blocks: _Blocks, q, k, at: Array | None) -> list[tuple[slice, slice]]:
+def _ranges(blocks: _Blocks, q) -> list[tuple[slice, slice]]:
     """Each block of queries with the keys that some query of it may see."""
     seq = q.shape[3]
     spans = [(start, min(start + blocks.size, seq)) for start in range(0, seq, blocks.size)]
-    if at is not None:
-        return [(slice(a, b), slice(0, k.shape[2])) for a, b in spans]
     oldest = 0 if blocks.window is None else blocks.window - 1
     first = [0 if blocks.window is None else max(0, start - oldest) for start, _ in spans]
     return [(slice(a, b), slice(f, b)) for (a, b), f in zip(spans, first, strict=True)]
@@ -191,17 +185,15 @@ def _allowed(
     rows: slice,
     seen: slice,
     window: int | None,
-    at: Array | None,
 ) -> Bool[Array, "#batch 1 1 block keys"]:
-    own = jnp.arange(rows.start, rows.stop) if at is None else at[rows]
-    query_at = own[:, None]
+    query_at = jnp.arange(rows.start, rows.stop)[:, None]
     key_at = jnp.arange(seen.start, seen.stop)[None, :]
     allowed = key_at <= query_at
     if window is not None:
         allowed &= key_at > query_at - window
     allowed = allowed[None]
     if segments is not None:
-        allowed = allowed & related(segments, rows if at is None else own, seen)
+        allowed = allowed & related(segments, rows, seen)
     if prefix is not None:
         allowed = _joined(_virtual_allowed(prefix, rows, window), allowed)
     return allowed[:, None, None]
@@ -226,9 +218,7 @@ def _joined(
     return jnp.concatenate(parts, axis=-1)
 
 
-def related(
-    segments: Segments, rows: slice | Array, seen: slice
-) -> Bool[Array, "batch block keys"]:
+def related(segments: Segments, rows: slice, seen: slice) -> Bool[Array, "batch block keys"]:
     """Whether a token's segment lets it see another token, whatever their order."""
     ids, prefixes = segments if isinstance(segments, Branches) else (segments, None)
     keys = ids[:, None, seen]
@@ -238,25 +228,26 @@ def related(
     return related | ((prefixes[:, rows, None] == keys) & (keys > 0))
 
 
-def _scores(q, k, allowed) -> Float[Array, "batch kv_heads rows keys"]:
+def masked_scores(q: Array, k: Array, allowed: Array) -> Float[Array, "batch kv_heads rows keys"]:
     """Scaled, masked scores in float32; the grouped heads' rows merged."""
-    scores = _per_kv_head(_merge_rows(q), k, 1, 1) * q.shape[-1] ** -0.5
+    scores = per_kv_head(merge_rows(q), k, 1, 1) * q.shape[-1] ** -0.5
     grouped = scores.reshape(*q.shape[:4], k.shape[2])
-    return jnp.where(allowed, grouped, _MASKED).reshape(scores.shape)
+    return jnp.where(allowed, grouped, MASKED).reshape(scores.shape)
 
 
-def _per_kv_head(a, b, axis_a: int, axis_b: int) -> Float[Array, "batch kv_heads m n"]:
+def per_kv_head(a: Array, b: Array, axis_a: int, axis_b: int) -> Float[Array, "batch kv_heads m n"]:
     """One matrix product per row and kv head, contracting the given axes, summed in float32."""
     contract = ((2 + axis_a,), (2 + axis_b,))
     return lax.dot_general(a, b, (contract, ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
-def _merge_rows(x):
+def merge_rows(x: Array) -> Array:
+    """The queries of heads that share a key head as rows of one matrix."""
     return rearrange(x, "batch kv_heads group block n -> batch kv_heads (group block) n")
 
 
-def _split_rows(x, like):
-    """The inverse of `_merge_rows`, for the group size of `like`."""
+def split_rows(x: Array, like: Array) -> Array:
+    """The inverse of `merge_rows`, for the group size of `like`."""
     return rearrange(
         x, "batch kv_heads (group block) n -> batch kv_heads group block n", group=like.shape[2]
     )
@@ -279,7 +270,7 @@ def attend_cache(
         An array like `query`.
     """
     q = grouped(query, keys.shape[1])
-    scores = _scores(q, keys, visible[:, None, None])
+    scores = masked_scores(q, keys, visible[:, None, None])
     p = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = _split_rows(_per_kv_head(p, values, 1, 0), q)
+    out = split_rows(per_kv_head(p, values, 1, 0), q)
     return ungrouped(out).astype(query.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -86,7 +87,8 @@ def planned(
     if compile_it:
         compiled = step.compiled(fast=not own)
         temporary = float(compiled.memory_analysis().temp_size_in_bytes)
-        turns = float(-(-_rows(step) * _length(step, sizes) // tile("cpu").tokens))
+        own_tokens = _rows(step) * settings.max_length / sizes.get("sequence", 1)
+        turns = float(math.ceil(own_tokens / tile("cpu").tokens))
         found = collectives(compiled.as_text(), sizes, turns=turns)
     if own:
         rest = temporary - own_bytes
@@ -95,14 +97,15 @@ def planned(
     memory["total"] = sum(memory.values())
     sent = sent_as_on(found, width) if compile_it else least_sent(step, sizes)
     tokens = settings.batch_size * settings.max_length
-    needed = tokens * flops_per_token(
+    per_token = functools.partial(
+        flops_per_token,
         model.config,
-        context=settings.max_length / 2,
         adapter_size=0 if settings.full else tree.count(state.params),
         full=settings.full,
     )
+    needed = tokens * per_token(context=settings.max_length / 2)
     devices = math.prod(sizes.values())
-    flops = (needed + tokens * foot.repeated) / devices
+    flops = tokens * (per_token(context=foot.context) + foot.repeated) / devices
     traffic = _traffic(step, sizes, foot, memory)
     times = roofline(device, sizes, flops=flops, traffic=traffic, sent=sent, efficiency=efficiency)
     mfu = needed / (times.step * device.flops * devices)
@@ -118,17 +121,13 @@ def _rows(step: Program) -> float:
     return step.settings.batch_size / shards / step.settings.accumulate
 
 
-def _length(step: Program, sizes: Mapping[str, int]) -> int:
-    """Tokens of a row that are on one device."""
-    return step.settings.max_length // sizes.get("sequence", 1)
-
-
 def _footprint(step: Program, sizes: Mapping[str, int], platform: str) -> Footprint:
     return footprint(
         step.model.config,
         step.settings.remat,
         rows=_rows(step),
-        length=_length(step, sizes),
+        length=step.settings.max_length,
+        parts=sizes.get("sequence", 1),
         tensor=sizes.get("tensor", 1),
         width=step.model.module.dtype.itemsize,
         gathered=2 if sizes.get("fsdp", 1) > 1 else 1,
@@ -181,31 +180,35 @@ def least_sent(step: Program, sizes: Mapping[str, int]) -> dict[str, float]:
     """The bytes that a layout needs at least, before anything is compiled.
 
     fsdp gathers the layers' matrices in every pass and scatters the gradients of those that train; tensor
-    sums `[tokens, embed]` twice a layer and pass; data sums the gradients.
+    sums `[tokens, embed]` twice a layer and pass; sequence gathers keys and values in every pass and scatters
+    their gradients; data sums the gradients.
     """
     c, settings = step.model.config, step.settings
     width = step.model.module.dtype.itemsize
-    fsdp, tensor, data = (sizes.get(axis, 1) for axis in ("fsdp", "tensor", "data"))
+    data, fsdp, sequence, tensor = (
+        sizes.get(axis, 1) for axis in ("data", "fsdp", "sequence", "tensor")
+    )
     passes = 2 if settings.remat in ("none", "projections", "offloaded") else 3
     layers = c.num_layers * layer_weights(c) / tensor
     stored = width if settings.base_format is None else 0.52 if "nf4" in settings.base_format else 1
     grads = local_bytes(tree.trainable(step.state.params))
-    tokens = settings.batch_size * settings.max_length / (data * fsdp)
+    of_rows = settings.batch_size * settings.max_length / (data * fsdp)
+    keys = 2 * c.num_kv_heads * c.head_dim / tensor
     gathers = passes * settings.accumulate * layers * stored + (
         layers * width if settings.full else 0
     )
+    sums = 2 * 2 * passes * c.num_layers * of_rows / sequence * c.hidden_size * width
     found = {
         "data": 2 * (data - 1) / data * grads,
         "fsdp": (fsdp - 1) / fsdp * gathers,
-        "tensor": 2
-        * (tensor - 1)
-        / tensor
-        * 2
-        * passes
+        "sequence": (sequence - 1)
+        / sequence
+        * (passes + 1)
         * c.num_layers
-        * tokens
-        * c.hidden_size
+        * of_rows
+        * keys
         * width,
+        "tensor": (tensor - 1) / tensor * sums,
     }
     return {axis: count for axis, count in found.items() if count}
 
@@ -246,7 +249,7 @@ def searched(
         ValueError: no mesh splits the heads and the batch.
     """
     tried, refused = [], []
-    for sizes in meshes(count):
+    for sizes in meshes(count, settings.max_length):
         try:
             check(settings, hf, sizes)
         except ValueError as error:

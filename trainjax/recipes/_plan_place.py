@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from trainjax import axes, parallel
+from trainjax.data.pipeline import check_length
 from trainjax.io.hub import read_config
 from trainjax.models._model import family
 from trainjax.nn import check_heads
@@ -32,7 +34,8 @@ def check(settings: StepConfig, hf: Mapping[str, Any], sizes: Mapping[str, int])
     """Raises for a mesh that the model or the batch cannot be split over.
 
     Raises:
-        ValueError: heads that `tensor` does not divide, rows that the shards of the batch do not.
+        ValueError: heads that `tensor` does not divide, rows that the shards of the batch do not, tokens of a
+            row that `sequence` does not.
     """
     config = family(hf).config(hf)
     tensor = sizes.get("tensor", 1)
@@ -43,6 +46,7 @@ def check(settings: StepConfig, hf: Mapping[str, Any], sizes: Mapping[str, int])
             "bits; leave one of the two out"
         )
     check_heads(config, tensor)
+    check_length(settings.max_length, sizes.get("sequence", 1))
     if settings.batch_size % (shards * settings.accumulate):
         raise ValueError(
             f"batch_size={settings.batch_size} does not split into {shards} shards of rows in "
@@ -147,14 +151,25 @@ def this_machine(settings: StepConfig) -> Device:
     return Device("cpu", flops, memory / share, speed / share, speed / share, 1e9, share)
 
 
-def meshes(count: int) -> list[dict[str, int]]:
-    """Every `data x fsdp x tensor` of so many devices."""
+SHORTEST = 1024
+"""Tokens that a device has of a row at least, where a search splits rows."""
+
+
+def meshes(count: int, length: int) -> list[dict[str, int]]:
+    """Every `data x fsdp x sequence x tensor` of so many devices.
+
+    Args:
+        count: of the devices.
+        length: tokens of a row; `sequence` leaves each device `SHORTEST` of them.
+    """
     divisors = [n for n in range(1, count + 1) if count % n == 0]
+    parts = [n for n in divisors if n == 1 or (length % n == 0 and length // n >= SHORTEST)]
     return [
-        {"data": data, "fsdp": count // data // tensor, "tensor": tensor}
-        for data in divisors
-        for tensor in divisors
-        if count % (data * tensor) == 0
+        {"data": data, "fsdp": count // (data * sequence * tensor)}
+        | ({"sequence": sequence} if sequence > 1 else {})
+        | {"tensor": tensor}
+        for data, sequence, tensor in itertools.product(divisors, parts, divisors)
+        if count % (data * sequence * tensor) == 0
     ]
 
 
