@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 
 import trainjax as tj
 from tests import helpers
-from trainjax import policies
+from trainjax import platform, policies
 from trainjax.ops.head import Tile, tile
 from trainjax.parallel.collectives import collectives
 from trainjax.peft import lora
@@ -224,6 +226,22 @@ def test_a_head_is_fetched_and_its_gradient_added_up_once_and_not_for_each_chunk
         for turns in (1.0, 100.0)
     ]
     assert sent[1] == sent[0] > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_fetched_in_the_dtype_of_the_arithmetic(tied):
+    mesh = helpers.mesh_of(1, 4, 1)
+    settings = {"tie_word_embeddings": tied, "vocab_size": 5000, "compute_dtype": jnp.bfloat16}
+    model = helpers.tiny(mesh=mesh, **settings)
+    batch = jax.device_put(helpers.random_batch(rows=4, seq=16), tj.parallel.rows(mesh))
+    loss = tj.losses.sft(tj.policy(model))
+    gradient = jax.jit(
+        jax.grad(lambda params: loss(params, batch, None)[0]),
+        compiler_options=platform.compiler_options(),
+    )
+    program = gradient.lower(model.params).compile().as_text()
+    fetched = re.findall(r"(\w+)\[(?:5000,32|32,5000)\]\S* all-gather", program)
+    assert set(fetched) == {"bf16"}
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -185,8 +185,11 @@ def _forward(
 
 @own_gradient(nondiff_argnums=(1, 2))
 def _fetched(matrix: Array, shared: NamedSharding, whole: NamedSharding) -> Array:
-    """The matrix laid out as `whole`; its gradient goes back to where its shards are."""
-    return jax.lax.with_sharding_constraint(matrix, whole)
+    """The matrix laid out as `whole`; its gradient goes back to where its shards are.
+
+    Both layouts are said, or the compiler would fetch what the matrix was cast from.
+    """
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(matrix, shared), whole)
 
 
 def _fetched_fwd(matrix: Array, shared: NamedSharding, whole: NamedSharding) -> tuple[Array, None]:
