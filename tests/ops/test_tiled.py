@@ -9,6 +9,7 @@ import pytest
 
 from tests.ops.test_attention import Case, assert_all_close, dense, inputs, with_gradients
 from trainjax.derivatives import any_order
+from trainjax.ops.attention import attend
 from trainjax.ops.blocked import Branches, Prefix, blocked
 from trainjax.ops.tiled import tiled
 
@@ -98,6 +99,17 @@ def test_derivatives_of_any_order_are_of_the_same_function():
     with any_order():
         along = jax.jvp(value, tuple(map(jnp.asarray, (q, k, v))), tangents)[1]
     np.testing.assert_allclose(along, sum(x.sum() for x in own), rtol=1e-4)
+
+
+def test_attention_of_long_rows_goes_in_tiles_and_is_the_same():
+    case = Case(batch=1, seq=1100, heads=2, kv_heads=1, dim=8, segments=True, window=700)
+    args = inputs(case)
+    found = with_gradients(functools.partial(attend, window=case.window), *args)
+    assert_all_close(found, dense(case, *args), 1e-5)
+    q, k, v, *_ = map(jnp.asarray, args)
+    text = str(jax.make_jaxpr(attend)(q, k, v))
+    assert "1100,1100" not in text
+    assert f"{2 * 256},512" in text  # of two heads' queries with the keys of a tile
 
 
 def test_no_array_grows_with_the_square_of_the_row():

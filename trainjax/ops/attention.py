@@ -1,7 +1,8 @@
 """Attention through one door: the platform's fastest kernel for causal, packed, grouped heads.
 
 `attend` is what layers call in training. It sends the work to splash attention on TPU, to cuDNN on
-GPU, and to `ops.blocked` on CPU and wherever those two cannot serve, which it says once.
+GPU, and to `ops.blocked`, or for long rows `ops.tiled`, on CPU and wherever those two cannot serve, which it
+says once.
 """
 
 from __future__ import annotations
@@ -85,9 +86,35 @@ def attend(
             return cudnn(query, key, value, segments, window=window)
     if platform == "cpu":  # no batched product of bf16 there: one cast here, not many inside
         q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
-        out = blocked(q, k, v, segments, prefix=prefix, window=window)
+        out = _plain(q, k, v, segments, prefix=prefix, window=window, platform=platform)
         return out.astype(query.dtype)
-    return blocked(query, key, value, segments, prefix=prefix, window=window)
+    return _plain(query, key, value, segments, prefix=prefix, window=window, platform=platform)
+
+
+_LONG = 1024  # tokens; of longer rows the scores of a block with all keys are larger than a CPU's caches
+
+
+def _plain(
+    query: Query,
+    key: KeyValue,
+    value: KeyValue,
+    segments: Segments | None,
+    *,
+    prefix: Prefix | None,
+    window: int | None,
+    platform: str,
+) -> Query:
+    """`attend` in plain XLA."""
+    seq = query.shape[1]
+    if seq <= _LONG:
+        return blocked(query, key, value, segments, prefix=prefix, window=window)
+    place, tile = jnp.arange(seq), _tile(platform)
+    return tiled(query, key, value, place, segments, prefix=prefix, window=window, tile=tile)
+
+
+def _tile(platform: str) -> tuple[int, int]:
+    """Queries and keys of one product: what a CPU's caches hold, or what fills an accelerator."""
+    return (256, 512) if platform == "cpu" else (1024, 1024)
 
 
 def gathered(
@@ -112,8 +139,8 @@ def gathered(
     rows = (*axes.rows(mesh), "sequence")
     heads = "tensor" if key.shape[2] % axes.length(mesh, "tensor") == 0 else None
     array, ids, virtual = P(rows, None, heads, None), P(rows, None), P(heads, None, None)
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
-    kind, tile = (jnp.float32, (256, 512)) if is_cpu else (query.dtype, (1024, 1024))
+    platform = mesh.devices.flat[0].platform
+    kind = jnp.float32 if platform == "cpu" else query.dtype
 
     def local(query, key, value, segments, prefix):
         whole = functools.partial(lax.all_gather, axis_name="sequence", axis=1, tiled=True)
@@ -122,7 +149,7 @@ def gathered(
         at = lax.axis_index("sequence") * own + jnp.arange(own)
         q, k, v = (x.astype(kind) for x in (query, key, value))
         virtual = None if prefix is None else Prefix(*prefix)
-        out = tiled(q, k, v, at, segments, prefix=virtual, window=window, tile=tile)
+        out = tiled(q, k, v, at, segments, prefix=virtual, window=window, tile=_tile(platform))
         return out.astype(query.dtype)
 
     given, layouts = (None, None) if prefix is None else (tuple(prefix), (virtual, virtual, ids))
