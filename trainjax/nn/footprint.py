@@ -22,14 +22,12 @@ class Footprint:
         working: arrays of the layer, or of the head, that is being computed; the larger of the two.
         traffic: bytes of activations that pass through the memory.
         repeated: FLOPs for each token that are spent on computing forward passes again.
-        context: keys that a token is compared with, on the device with the most of them.
     """
 
     kept: float
     working: float
     traffic: float
     repeated: float
-    context: float
 
 
 def footprint(
@@ -52,8 +50,7 @@ def footprint(
         remat: a name of the table in `nn.remat`; `none` for no recomputation.
         rows: of a micro-batch on the device.
         length: tokens of a row.
-        parts: devices that share a row. Each has the keys and values of all of it for a while; the last has
-            the most to compare with.
+        parts: devices that share a row. Each has the keys and values of all of it for a while.
         tensor: devices that share the heads and hidden units.
         width: bytes of a number in compute.
         gathered: layers whose matrices are whole at a time, in the width of compute: 2 where the next one
@@ -85,7 +82,6 @@ def footprint(
     layer = tokens * (projections + 2 * 4 * embed + 3 * width * hidden / tensor)
     if parts > 1:  # whole rows' keys and values, and their gradients in float32
         layer += rows * length * 2 * (width + 4) * keys / tensor
-    context = length / 2 * (2 - 1 / parts)
     weights = gathered * width * matrices / tensor
     entries = min(head.entries, c.vocab_size) if tensor == 1 else c.vocab_size / tensor
     logits = 3 * 4 * min(head.tokens, tokens) * entries
@@ -93,11 +89,10 @@ def footprint(
     whole = (width + 4 * trained) * embed * c.vocab_size / tensor if gathered > 1 else 0.0
     passes = 2 if remat in ("none", "projections", "offloaded") else 3
     again = 2 * (matrices - embed * hidden)  # nothing asks for the last product's output
-    repeated = {"full": again + 4 * queries * context, "attention": again}.get(remat, 0.0)
+    repeated = {"full": again + 2 * queries * length, "attention": again}.get(remat, 0.0)
     return Footprint(
         kept=kept,
         working=max(layer + weights, states + logits + whole),
         traffic=2 * kept + 2 * passes * c.num_layers * tokens * projections,
         repeated=float(c.num_layers * repeated),
-        context=context,
     )

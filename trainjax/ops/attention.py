@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from trainjax import axes
 from trainjax.ops.blocked import (
@@ -130,12 +131,16 @@ def gathered(
     """`attend` of rows folded over the devices of `sequence`: each gathers the keys and values of its rows.
 
     With few key heads beside query heads these are the smaller part: `2 kv_heads dim` numbers a token
-    against the `heads dim` of the queries, which stay. Their gradients are summed where they came from.
-    The last device has the most keys to see, and the others wait for it. (`ops.tiled` passes over the keys
-    after its queries.)
+    against the `heads dim` of the queries. Their gradients are summed where they came from.
+
+    Keys after a query are passed over (`ops.tiled`), so the last part of a row has the most to do. Every
+    device therefore exchanges the second half of its queries with the device as far from the other end, and
+    their outputs back: with halves `i` and `2 parts - 1 - i` of a row all have the same to do. They have it
+    anyway under a window within a part.
 
     Source: Grattafiori et al. 2024, arXiv:2407.21783, section 3.3.2 (context parallelism).
     """
+    parts = axes.length(mesh, "sequence")
     rows = (*axes.rows(mesh), "sequence")
     heads = "tensor" if key.shape[2] % axes.length(mesh, "tensor") == 0 else None
     array, ids, virtual = P(rows, None, heads, None), P(rows, None), P(heads, None, None)
@@ -144,18 +149,34 @@ def gathered(
 
     def local(query, key, value, segments, prefix):
         whole = functools.partial(lax.all_gather, axis_name="sequence", axis=1, tiled=True)
+        exchanged = functools.partial(jax.tree.map, functools.partial(_exchanged, parts=parts))
         key, value, segments = jax.tree.map(whole, (key, value, segments))
-        own = query.shape[1]
-        at = lax.axis_index("sequence") * own + jnp.arange(own)
+        own, part = query.shape[1], lax.axis_index("sequence")
+        at, (of_block, of_tile) = part * own + jnp.arange(own), _tile(platform)
+        uneven = own > 1 and (window is None or window > own)
+        if uneven:
+            query, prefix = exchanged(query), prefix and (*prefix[:2], exchanged(prefix[2]))
+            at = at.at[own // 2 :].add((parts - 1 - 2 * part) * own)
+            of_block = min(of_block, own // 2)
         q, k, v = (x.astype(kind) for x in (query, key, value))
-        virtual = None if prefix is None else Prefix(*prefix)
-        out = tiled(q, k, v, at, segments, prefix=virtual, window=window, tile=_tile(platform))
-        return out.astype(query.dtype)
+        virtual, tile = prefix and Prefix(*prefix), (of_block, of_tile)
+        out = tiled(q, k, v, at, segments, prefix=virtual, window=window, tile=tile)
+        out = out.astype(query.dtype)
+        return exchanged(out) if uneven else out
 
     given, layouts = (None, None) if prefix is None else (tuple(prefix), (virtual, virtual, ids))
     specs = (array, array, array, ids, layouts)
     each = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=array, check_vma=False)
     return each(query, key, value, segments, given)
+
+
+def _exchanged(
+    x: Shaped[Array, "batch seq *rest"], *, parts: int
+) -> Shaped[Array, "batch seq *rest"]:
+    """The mirror device's second half of the tokens in the place of one's own; twice is as before."""
+    half = x.shape[1] // 2
+    pairs = [(part, parts - 1 - part) for part in range(parts)]
+    return jnp.concatenate([x[:, :half], lax.ppermute(x[:, half:], "sequence", pairs)], axis=1)
 
 
 def cudnn(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -97,15 +96,15 @@ def planned(
     memory["total"] = sum(memory.values())
     sent = sent_as_on(found, width) if compile_it else least_sent(step, sizes)
     tokens = settings.batch_size * settings.max_length
-    per_token = functools.partial(
-        flops_per_token,
+    per_token = flops_per_token(
         model.config,
         adapter_size=0 if settings.full else tree.count(state.params),
+        context=settings.max_length / 2,
         full=settings.full,
     )
-    needed = tokens * per_token(context=settings.max_length / 2)
+    needed = tokens * per_token
     devices = math.prod(sizes.values())
-    flops = tokens * (per_token(context=foot.context) + foot.repeated) / devices
+    flops = tokens * (per_token + foot.repeated) / devices
     traffic = _traffic(step, sizes, foot, memory)
     times = roofline(device, sizes, flops=flops, traffic=traffic, sent=sent, efficiency=efficiency)
     mfu = needed / (times.step * device.flops * devices)
@@ -180,8 +179,8 @@ def least_sent(step: Program, sizes: Mapping[str, int]) -> dict[str, float]:
     """The bytes that a layout needs at least, before anything is compiled.
 
     fsdp gathers the layers' matrices in every pass and scatters the gradients of those that train; tensor
-    sums `[tokens, embed]` twice a layer and pass; sequence gathers keys and values in every pass and scatters
-    their gradients; data sums the gradients.
+    sums `[tokens, embed]` twice a layer and pass; sequence gathers keys and values in every pass, scatters
+    their gradients, and exchanges half of the queries and outputs; data sums the gradients.
     """
     c, settings = step.model.config, step.settings
     width = step.model.module.dtype.itemsize
@@ -194,6 +193,8 @@ def least_sent(step: Program, sizes: Mapping[str, int]) -> dict[str, float]:
     grads = local_bytes(tree.trainable(step.state.params))
     of_rows = settings.batch_size * settings.max_length / (data * fsdp)
     keys = 2 * c.num_kv_heads * c.head_dim / tensor
+    exchanged = passes * c.num_heads * c.head_dim / tensor * (sequence > 1)
+    numbers = ((sequence - 1) * (passes + 1) * keys + exchanged) / sequence
     gathers = passes * settings.accumulate * layers * stored + (
         layers * width if settings.full else 0
     )
@@ -201,13 +202,7 @@ def least_sent(step: Program, sizes: Mapping[str, int]) -> dict[str, float]:
     found = {
         "data": 2 * (data - 1) / data * grads,
         "fsdp": (fsdp - 1) / fsdp * gathers,
-        "sequence": (sequence - 1)
-        / sequence
-        * (passes + 1)
-        * c.num_layers
-        * of_rows
-        * keys
-        * width,
+        "sequence": c.num_layers * of_rows * width * numbers,
         "tensor": (tensor - 1) / tensor * sums,
     }
     return {axis: count for axis, count in found.items() if count}
