@@ -83,10 +83,11 @@ def _like(name: str, x: Any, base: Mapping[str, Any], whole: NamedSharding) -> N
     """The layout of what trains: its own, or of an adapter's part that of its matrix's sides."""
     path = name.split("/")
     prefixes = ("/".join(path[:length]) for length in range(len(path), 0, -1))
-    matrix = next((base[prefix] for prefix in prefixes if prefix in base), None)
+    of = next((prefix for prefix in prefixes if prefix in base), None)
+    matrix = None if of is None else base[of]
     if matrix is None or not isinstance(matrix.sharding, NamedSharding):
         return whole
-    if x.shape == matrix.shape:
+    if of == name:  # the leaf itself, or some layers of it
         return matrix.sharding
     *stack, fan_in, fan_out = matrix.shape
     spec = tuple(matrix.sharding.spec) + (None,) * len(matrix.shape)
