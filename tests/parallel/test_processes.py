@@ -115,19 +115,19 @@ def test_each_process_holds_its_share_of_what_is_split(count, flags, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_on_another_mesh(flags, alone, tmp_path):
-    """One, then two over `fsdp`, then two over `tensor`, then one: stopped by a signal to one of them."""
+    """One, two over `fsdp`, four over both, two over `tensor`, one: stopped by a signal to one of them."""
     out = tmp_path / "run"
-    stages = [(1, {}), (2, {"fsdp": 2}), (2, {"tensor": 2}), (1, {})]
+    stages = [(1, {}), (2, {"fsdp": 2}), (4, {"fsdp": 2, "tensor": 2}), (2, {"tensor": 2}), (1, {})]
     for number, (count, mesh) in enumerate(stages):
         own = [f"--mesh.{name}={mesh.get(name, 1)}" for name in ("data", "fsdp", "tensor")]
         resume = ["--resume"] if number else []
-        job = Processes(count, [*flags, *own, *resume, f"--out={out}"], tmp_path)
-        if number < 3:
+        logs = tmp_path / str(number)
+        logs.mkdir()
+        job = Processes(count, [*flags, *own, *resume, f"--out={out}"], logs)
+        if number < len(stages) - 1:
             job.wait_for_step(out, max(losses(out), default=0) + 2)
             job.kill(count - 1, signal.SIGTERM)
             statuses = job.wait()
-            if statuses == [0] * count:  # it was faster than the signal
-                break
             assert statuses == [128 + signal.SIGTERM] * count, job.said()
             assert job.said().count("stopped by SIGTERM after step") == count
         else:
