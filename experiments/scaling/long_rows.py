@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trainjax.ops.blocked import blocked
 from trainjax.ops.tiled import tiled
@@ -20,13 +21,13 @@ LENGTH, PARTS, HEADS, KV_HEADS, DIM = 4096, 4, 9, 3, 64
 TILE = (256, 512)
 
 
-def program(attend: Callable[..., jax.Array], first: int, seq: int) -> jax.stages.Compiled:
-    """Output and gradients of some queries of a row."""
+def program(attend: Callable[..., jax.Array], at: np.ndarray) -> jax.stages.Compiled:
+    """Output and gradients of the queries at these places of a row."""
 
     def value(query: jax.Array, key: jax.Array, other: jax.Array) -> jax.Array:
-        return jnp.sum(attend(query, key, other, jnp.arange(first, first + seq)))
+        return jnp.sum(attend(query, key, other, jnp.asarray(at)))
 
-    query, key, other = arrays(seq)
+    query, key, other = arrays(len(at))
     return jax.jit(jax.grad(value, (0, 1, 2))).lower(query, key, other).compile()
 
 
@@ -42,13 +43,17 @@ def arrays(seq: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def main() -> None:
     """Prints the table: all programs by turns, medians of five."""
-    attend = functools.partial(tiled, tile=TILE)
-    seq = LENGTH // PARTS
-    lengths = {"the whole row, `ops.blocked`": LENGTH, "the whole row, `ops.tiled`": LENGTH}
-    lengths |= {f"part {part + 1} of {PARTS}": seq for part in range(PARTS)}
-    plain = program(lambda q, k, v, at: blocked(q, k, v), 0, LENGTH)
-    parts = [program(attend, part * seq, seq) for part in range(PARTS)]
-    programs = dict(zip(lengths, [plain, program(attend, 0, LENGTH), *parts], strict=True))
+    row, attend = np.arange(LENGTH), functools.partial(tiled, tile=TILE)
+    parts, halves = np.split(row, PARTS), np.split(row, 2 * PARTS)  # the halves of the parts
+    places = {f"part {part + 1} of {PARTS}": own for part, own in enumerate(parts)}
+    for part in range(PARTS):
+        pair = [2 * part, 2 * PARTS - 1 - 2 * part]
+        name = f"halves {pair[0] + 1} and {pair[1] + 1} of {2 * PARTS}"
+        places[name] = np.concatenate([halves[half] for half in pair])
+    programs = {"the whole row, `ops.blocked`": program(lambda q, k, v, at: blocked(q, k, v), row)}
+    programs |= {"the whole row, `ops.tiled`": program(attend, row)}
+    programs |= {name: program(attend, at) for name, at in places.items()}
+    lengths = {name: len(places.get(name, row)) for name in programs}
     times: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(6):
         for name, run in programs.items():
