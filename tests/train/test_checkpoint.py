@@ -12,7 +12,7 @@ import pytest
 
 from trainjax import parallel, train
 from trainjax.train import Checkpoints
-from trainjax.train.checkpoint import may_be_repeated
+from trainjax.train.checkpoint import _lasting, may_be_repeated
 
 TX = optax.adamw(1e-2)
 
@@ -77,6 +77,19 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path):
     checkpoints.close()
     found = Checkpoints(tmp_path).restore(fresh(size=200_000))
     np.testing.assert_array_equal(found.state.params["layers"]["a"], expected)
+
+
+def test_no_accelerators_memory_holds_a_second_state(monkeypatch):
+    """Its arrays are on the host when `save` returns; those of the host are written from where they are."""
+    on_device = jnp.ones(4)
+    on_host = jax.device_put(on_device, on_device.sharding.with_memory_kind("pinned_host"))
+    is_copied = lambda leaf: _lasting(leaf).unsafe_buffer_pointer() != leaf.unsafe_buffer_pointer()  # noqa: E731
+    assert is_copied(on_device)
+    assert is_copied(on_host)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not is_copied(on_device)
+    assert is_copied(on_host)
+    assert _lasting(on_host).sharding == on_host.sharding
 
 
 @pytest.mark.parametrize("target", [{"fsdp": 4}, {"data": 2, "fsdp": 2}, {"fsdp": 1, "tensor": 4}])

@@ -103,9 +103,8 @@ class Checkpoints:
             _log.warning("%s; the next one takes its place", error)
         step = int(state.step)
         self._saving, self._arrays = step, _shapes(state)
-        # A copy: training goes on and donates the state, while a thread still writes the arrays.
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_as_arrays(jax.tree.map(_copied, state))),
+            state=ocp.args.StandardSave(_as_arrays(jax.tree.map(_lasting, state))),
             extra=ocp.args.JsonSave(dict(extra)),
         )
         self._manager.save(step, args=items)
@@ -277,8 +276,14 @@ def _with_key_of(state: TrainState, arrays: TrainState) -> TrainState:
     )
 
 
-def _copied(leaf: jax.Array) -> jax.Array:
-    return leaf.copy()
+def _lasting(leaf: jax.Array) -> jax.Array:
+    """The array, or a copy where training would write over it while a thread still writes it to a file.
+
+    What is in an accelerator's memory Orbax has on the host when its `save` returns, and a second state may
+    not fit there. What is in the host's memory it writes from where it is.
+    """
+    is_accelerator = jax.default_backend() != "cpu"
+    return leaf if is_accelerator and leaf.sharding.memory_kind in (None, "device") else leaf.copy()
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
