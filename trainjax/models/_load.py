@@ -271,7 +271,7 @@ def _stack(encode: Encode, values: Iterator[Any], tensors: Sequence[str], layout
     layouts = quant.layout(shapes, layout) if tree.is_weight(shapes) else layout
     leaves, structure = jax.tree.flatten(layouts)
     fill = _filler(encode, tuple(leaves), structure)
-    stack = _zeros(shapes, layouts)
+    stack = jax.tree.unflatten(structure, _zeros(tuple(jax.tree.leaves(shapes)), tuple(leaves))())
     for index, value in enumerate(itertools.chain([first], values)):
         stack = fill(stack, value, index)
     return stack
@@ -285,11 +285,15 @@ def _stacked_shapes(encode: Encode, value: Any, tensors: Sequence[str]) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(tensors), *x.shape), x.dtype), one)
 
 
-def _zeros(shapes: Any, layouts: Any) -> Any:
-    def make() -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+# Programs are kept: the matrices of a model have few shapes, and a process may load several models.
+@functools.cache
+def _zeros(
+    shapes: tuple[jax.ShapeDtypeStruct, ...], layouts: tuple[Sharding, ...]
+) -> Callable[[], tuple[Any, ...]]:
+    def make() -> tuple[Any, ...]:
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in shapes)
 
-    return jax.jit(make, out_shardings=layouts)()
+    return jax.jit(make, out_shardings=layouts)
 
 
 @functools.cache

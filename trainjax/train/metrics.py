@@ -166,6 +166,7 @@ def peak_flops(dtype: Any = jnp.float32) -> float | None:
     return None if peak is None else peak * jax.device_count()
 
 
+@functools.cache
 def _measured_flops(dtype: Any, size: int = 1024, repeats: int = 5) -> float:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)), dtype)
     product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
