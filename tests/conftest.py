@@ -1,12 +1,13 @@
 """Strict by default: four devices, run-time shape types, no silent promotion, warnings are errors.
 
 Programs compile sooner and run slower than a user's: most tests run each of theirs once or twice. A module
-that runs a real model asks for the fixture `optimised`; with DEFAULT_EMITTERS=1 in the environment XLA
-compiles loops as in a user's process. On JAX before 0.11 a program that an earlier test of the process had
-is read back from a folder that lives as long as the process.
+that runs a real model asks for the fixture `optimised`, a test for `optimised_here`; with DEFAULT_EMITTERS=1
+in the environment XLA compiles loops as in a user's process. On JAX before 0.11 a program that an earlier
+test of the process had is read back from a folder that lives as long as the process.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -16,6 +17,9 @@ flags = ["--xla_force_host_platform_device_count=4", "--xla_cpu_parallel_codegen
 has_older_emitters = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 if has_older_emitters and not os.environ.get("DEFAULT_EMITTERS"):
     flags.append("--xla_cpu_use_fusion_emitters=false")  # a third of the compiler's time
+    flags.append(
+        "--xla_cpu_experimental_ynn_fusion_type="
+    )  # plans a matrix product whenever it runs
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("NPROC", "16")  # XLA's threads; see trainjax.parallel.mesh
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,6 +36,8 @@ from tests import helpers  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of the time that a recipe takes
+gc.set_threshold(200_000, 20, 20)  # a traced program is many objects, none of them garbage
 
 if has_older_emitters:
     from jax._src import compilation_cache as cache  # no public setting leaves programs out
@@ -62,5 +68,12 @@ if has_older_emitters:
 @pytest.fixture(scope="module")
 def optimised():
     """What a module compiles is optimised as a user's programs are."""
+    with helpers.jax_settings({"jax_disable_most_optimizations": False}):
+        yield
+
+
+@pytest.fixture
+def optimised_here():
+    """What a test compiles is, and what the module compiles after it is not."""
     with helpers.jax_settings({"jax_disable_most_optimizations": False}):
         yield

@@ -124,7 +124,7 @@ QUESTIONS = [
 @pytest.mark.parity
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimised_here")
 @pytest.mark.filterwarnings("ignore")  # theirs
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_llama_cpp_answers_as_we_do(tmp_path, llama_cpp, kind):
@@ -171,7 +171,7 @@ def test_q8_0_is_bit_by_bit_what_llama_cpp_quantises_to(tmp_path, llama_cpp):
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimised_here")
 @pytest.mark.parametrize(("kind", "tolerance"), [("F32", 0.0), ("F16", 0.002), ("Q8_0", 0.06)])
 def test_smollm2_is_the_same_function_within_what_the_type_rounds(tmp_path, kind, tolerance):
     golden = json.loads((helpers.GOLDEN / "smollm2_logits.json").read_text())["texts"]

@@ -157,7 +157,7 @@ def test_one_layer_at_most_is_dense(folder):
         assert (fan_out, fan_in) in shapes  # one layer's
 
 
-def test_what_the_gradient_takes_is_codes_and_a_layer_or_two(optimised):
+def test_what_the_gradient_takes_is_codes_and_a_layer_or_two(optimised_here):
     layers = 16
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": layers}
     model = random_model(helpers.TINY | sizes, jax.random.key(0))
@@ -261,7 +261,7 @@ def test_a_folder_has_nothing_stored_in_blocks(folder):
 
 
 @pytest.mark.real
-def test_the_blocks_of_a_gguf_file_stay_as_they_are(optimised):
+def test_the_blocks_of_a_gguf_file_stay_as_they_are(optimised_here):
     file = helpers.smollm2_gguf()
     kept, model = load(file, quantise=quant.stored()), load(file)
     assert tree.num_bytes(kept.params["layers"]) < 0.16 * tree.num_bytes(model.params["layers"])

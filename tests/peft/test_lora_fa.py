@@ -32,7 +32,7 @@ def test_it_begins_as_lora_does_and_only_b_trains():
     )
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimised_here")
 def test_no_product_is_computed_for_a_gradient_of_a():
     """`x a` and `(x a)^T g` for b alone; for both also `g b^T` and its product with x."""
     weight = Lora(jnp.ones((64, 48)), jnp.ones((64, 3)), jnp.ones((3, 48)), jnp.float32(1.0))

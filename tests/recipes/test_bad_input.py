@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import toy
+from trainjax import retries
 
 NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may do anything")
 
@@ -122,7 +123,8 @@ class TestData:
         assert sft(**{option: tmp_path}) == 1
         assert str(tmp_path) in said()
 
-    def test_a_file_whose_reading_fails(self, sft, tmp_path, said):
+    def test_a_file_whose_reading_fails(self, sft, tmp_path, said, monkeypatch):
+        monkeypatch.setattr(retries, "PAUSES", (0.0, 0.0))
         (tmp_path / "bad.jsonl").symlink_to("/proc/self/mem")  # fails for root too
         assert sft(data=tmp_path / "bad.jsonl") == 1
         assert f"{tmp_path}/bad.jsonl cannot be read: " in said()
