@@ -2,8 +2,8 @@
 
 Programs compile sooner and run slower than a user's: most tests run each of theirs once or twice. A module
 that runs a real model asks for the fixture `optimised`, a test for `optimised_here`; with DEFAULT_EMITTERS=1
-in the environment XLA compiles loops as in a user's process. A program that an earlier test of the process
-had is not compiled again.
+in the environment XLA compiles loops as in a user's process. On JAX before 0.11 a program that an earlier
+test of the process had is read back from a folder that lives as long as the process.
 """
 
 import atexit
@@ -12,13 +12,14 @@ import os
 import shutil
 import tempfile
 from importlib.metadata import version
-from typing import Any
 
 flags = ["--xla_force_host_platform_device_count=4", "--xla_cpu_parallel_codegen_split_count=1"]
 has_older_emitters = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 if has_older_emitters and not os.environ.get("DEFAULT_EMITTERS"):
-    # Of the compiler's time a third; and a library that plans a matrix product whenever it runs.
-    flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_experimental_ynn_fusion_type="]
+    flags.append("--xla_cpu_use_fusion_emitters=false")  # a third of the compiler's time
+    flags.append(
+        "--xla_cpu_experimental_ynn_fusion_type="
+    )  # plans a matrix product whenever it runs
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("NPROC", "16")  # XLA's threads; see trainjax.parallel.mesh
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,7 +31,6 @@ install_import_hook("trainjax", "beartype.beartype")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax._src import compilation_cache  # noqa: E402  # no public setting keeps programs in memory
 
 from tests import helpers  # noqa: E402
 
@@ -39,33 +39,30 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth of the time that a recipe takes
 gc.set_threshold(200_000, 20, 20)  # a traced program is many objects, none of them garbage
 
-# Programs of earlier tests. JAX's own cache puts them into files, and a program of several CPU devices that
-# is read back has its collectives in no order: devices that begin with different ones wait for good.
-kept: dict[Any, tuple[Any, int]] = {}
+if has_older_emitters:
+    from jax._src import compilation_cache as cache  # no public setting leaves programs out
 
+    compiled = tempfile.mkdtemp(prefix="trainjax-tests-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-def take(key, options, backend, devices, host_callbacks=()):
-    """A program that was kept for these devices; none that calls functions of a test that is over."""
-    if host_callbacks or (found := kept.pop((key, tuple(devices)), None)) is None:
-        return None, None
-    kept[key, tuple(devices)] = found  # as the newest
-    return found
+    # A program of several CPU devices that is read back has its collectives in no order: devices that
+    # begin with different ones wait for each other for good.
+    read, write = cache.get_executable_and_time, cache.put_executable_and_time
 
+    def read_if_alone(key, options, backend, devices):
+        """What is in the folder, of programs of one device."""
+        return read(key, options, backend, devices) if len(devices) == 1 else (None, None)
 
-def keep(key, name, executable, backend, seconds):
-    """Keeps a program, as one of a thousand."""
-    kept[key, tuple(executable.local_devices())] = executable, seconds
-    if len(kept) > 1000:
-        del kept[next(iter(kept))]
+    def write_if_alone(key, name, executable, backend, seconds):
+        """Puts programs of one device into the folder."""
+        if len(executable.local_devices()) == 1:
+            write(key, name, executable, backend, seconds)
 
-
-compilation_cache.get_executable_and_time = take
-compilation_cache.put_executable_and_time = keep
-folder = tempfile.mkdtemp(prefix="trainjax-tests-")  # JAX asks for one; it stays empty
-atexit.register(shutil.rmtree, folder, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", folder)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    cache.get_executable_and_time = read_if_alone
+    cache.put_executable_and_time = write_if_alone
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="module")
