@@ -92,6 +92,13 @@ def test_no_accelerators_memory_holds_a_second_state(monkeypatch):
     assert _lasting(on_host).sharding == on_host.sharding
 
 
+def test_a_state_that_is_not_copied_comes_back_bitwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    states = saved(tmp_path)
+    monkeypatch.undo()
+    assert equal(Checkpoints(tmp_path).restore(fresh()).state, states[3])
+
+
 @pytest.mark.parametrize("target", [{"fsdp": 4}, {"data": 2, "fsdp": 2}, {"fsdp": 1, "tensor": 4}])
 def test_a_state_is_restored_onto_another_mesh(tmp_path, target):
     states = saved(tmp_path, steps=[2])
