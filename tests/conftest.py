@@ -16,10 +16,8 @@ from importlib.metadata import version
 flags = ["--xla_force_host_platform_device_count=4", "--xla_cpu_parallel_codegen_split_count=1"]
 has_older_emitters = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 if has_older_emitters and not os.environ.get("DEFAULT_EMITTERS"):
-    flags.append("--xla_cpu_use_fusion_emitters=false")  # a third of the compiler's time
-    flags.append(
-        "--xla_cpu_experimental_ynn_fusion_type="
-    )  # plans a matrix product whenever it runs
+    # Of the compiler's time a third; and a library that plans a matrix product whenever it runs.
+    flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_experimental_ynn_fusion_type="]
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("NPROC", "16")  # XLA's threads; see trainjax.parallel.mesh
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
