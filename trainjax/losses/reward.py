@@ -149,7 +149,7 @@ def weighted_objectives(
     return values @ weights
 
 
-def worst_case(scores: Float[Array, "members *any"]) -> Float[Array, "*any"]:
+def worst_case(scores: Float[Array, " members *any"]) -> Float[Array, "*any"]:
     """The lowest score of an ensemble: none of its members can be fooled alone.
 
     Args:
@@ -161,7 +161,7 @@ def worst_case(scores: Float[Array, "members *any"]) -> Float[Array, "*any"]:
 
 
 def uncertainty_penalised(
-    scores: Float[Array, "members *any"], coefficient: ArrayLike
+    scores: Float[Array, " members *any"], coefficient: ArrayLike
 ) -> Float[Array, "*any"]:
     """`mean_k r_k - coefficient var_k r_k` of an ensemble, the variance unbiased.
 

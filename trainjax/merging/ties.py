@@ -154,7 +154,7 @@ def _place(blocks: Iterable[Block], model: int, magnitude: int, count: int) -> i
     raise AssertionError("the blocks were others than before")
 
 
-def _bits(delta: Part) -> UInt32[np.ndarray, "size"]:
+def _bits(delta: Part) -> UInt32[np.ndarray, " size"]:
     return np.abs(delta).reshape(-1).view(np.uint32)
 
 

@@ -99,7 +99,7 @@ def _vectors(gram: Float64[np.ndarray, "side side"]) -> Float64[np.ndarray, "sid
     return np.ascontiguousarray(vectors[:, ::-1][:, :count])
 
 
-def effective_rank(singular: Float64[np.ndarray, "count"]) -> float:
+def effective_rank(singular: Float64[np.ndarray, " count"]) -> float:
     """`exp(-sum_i p_i log p_i)` with `p_i = s_i / sum_j s_j`; 0 if all are zero.
 
     >>> float(effective_rank(np.array([2.0, 2.0, 0.0])).round(6))

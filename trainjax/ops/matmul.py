@@ -110,8 +110,8 @@ low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
 
 def low_rank_of_rows(
     x: Float[Array, "batch seq in"],
-    a: Float[Array, "choices in rank"],
-    b: Float[Array, "choices rank out"],
+    a: Float[Array, " choices in rank"],
+    b: Float[Array, " choices rank out"],
     choice: Int[Array, " batch"],
 ) -> Float[Array, "batch seq out"]:
     """`(x[i] @ a[choice[i]]) @ b[choice[i]]` for each row `i` of a batch, 0 where its choice is below 0.

@@ -18,6 +18,7 @@ from trainjax.derivatives import is_any_order, own_gradient
 from trainjax.ops.blocked import (
     MASKED,
     Branches,
+    KeyValue,
     Prefix,
     Segments,
     grouped,

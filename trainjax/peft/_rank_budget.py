@@ -39,7 +39,7 @@ class RankBudget:
             if not 0 < (beta := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={beta} smooths over steps: it is between 0 and 1")
 
-    def dropped(self, matrices: int, steps: int) -> Int[np.ndarray, "steps_and_one"]:
+    def dropped(self, matrices: int, steps: int) -> Int[np.ndarray, " steps_and_one"]:
         """How many values of all matrices are left out after each step, from 1; -1 where none are chosen.
 
         Raises:

@@ -87,7 +87,7 @@ class Dora(Weight):
         moved = (factor - 1) * tree.wide(of_base(dropped_x))
         return (base + moved + factor * update).astype(x.dtype)
 
-    def _norm(self) -> Float[Array, "out"]:
+    def _norm(self) -> Float[Array, " out"]:
         """The length of each column of `w + a b scale`, a constant to the gradient.
 
         `|w_j|^2 + 2 s b_j . (a^T w)_j + s^2 b_j . (a^T a) b_j`, in float32: the last term alone is as

@@ -113,7 +113,7 @@ def _start(config: Pissa, key: PRNGKeyArray, name: str, w: Any) -> dict[str, Any
 
 def _top(
     matrix: Float[Array, "in out"], key: PRNGKeyArray, *, rank: int, niter: int | None
-) -> tuple[Float[Array, "in rank"], Float[Array, "rank"], Float[Array, "rank out"]]:
+) -> tuple[Float[Array, "in rank"], Float[Array, " rank"], Float[Array, "rank out"]]:
     """The largest singular values and their vectors; of each the largest entry on the left is positive."""
     with jax.default_matmul_precision("highest"):
         if niter is None:
