@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import yaml
 from trainjax import data, models, parallel, peft, quant, rollout
 from trainjax.models import Model, load
 from trainjax.nn import remat
+from trainjax.recipes import Prose
 from trainjax.types import Params, Peft
 
 DTYPES: Mapping[str, Any] = {
@@ -195,7 +197,7 @@ class AnswerConfig:
     """A hub id, a folder, a .gguf file, or a name that `trainjax fetch` knows."""
     adapter: Path | None = None
     """An adapter's folder in PEFT's format, or the folder of the run that made it."""
-    system: str | None = None
+    system: Prose | None = None
     """System message; by default what the chat template has."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
@@ -207,7 +209,7 @@ class AnswerConfig:
     """Draw from the fewest most probable tokens with this share of the probability."""
     min_p: float | None = None
     """Draw from tokens with at least this share of the top token's probability."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Prose, ...] = ()
     """Strings that end the answer."""
     seed: int = 0
     """Of the sampling."""
@@ -273,13 +275,25 @@ def load_scorer(
 def save_config(config: Any, path: Path) -> None:
     """Writes a recipe's settings, all of them, as YAML that `--config` reads back."""
     if parallel.is_first():
-        path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+        text = yaml.safe_dump(
+            _plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True
+        )
+        path.write_text(text, encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Puts the name of rows before what is wrong with them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def versions() -> dict[str, str]:

@@ -281,12 +281,10 @@ def encode(
     if read is not None:
         share = model.config.window is None
         encoder = functools.partial(data.encode_groups, read=read, share_prompt=share)
-    try:
+    with common.naming(name):
         examples = encoder(
             rows, model.tokenizer, config.max_length, template=config.template, too_long=too_long
         )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
     if (largest := int(examples.tokens.max())) >= model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {model.source} gives the token {largest}, but the model's "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import sys
 from typing import Any
 
 import jax
@@ -30,6 +32,8 @@ def main(config: Config) -> None:
         adapter=config.adapter,
         base_format=config.base_format,
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 end no conversation
+        sys.stdin.reconfigure(errors="replace")
     common.say(f"{config.model}: /reset forgets the conversation, /exit or Ctrl-D ends it")
     key, messages = jax.random.key(config.seed), config.messages()
     while (said := _asked()) not in (None, "/exit"):

@@ -8,6 +8,7 @@ import sys
 import jax
 
 from trainjax import rollout
+from trainjax.recipes import Prose
 from trainjax.recipes import _common as common
 
 
@@ -15,7 +16,7 @@ from trainjax.recipes import _common as common
 class Config(common.AnswerConfig):
     """Prints what a model answers to one prompt."""
 
-    prompt: str
+    prompt: Prose
     """What the user says, or with --raw the text to continue."""
     raw: bool = False
     """Continue the prompt as it stands, without the chat template."""

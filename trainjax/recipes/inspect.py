@@ -50,9 +50,10 @@ def main(config: Config) -> None:
         raise ValueError(f"{config.model} has no tokenizer")
     too_long = common.TOO_LONG[config.too_long]
     rows = data.read(config.data)
-    examples = data.encode(
-        rows, tokenizer, config.max_length, template=config.template, too_long=too_long
-    )
+    with common.naming(config.data):
+        examples = data.encode(
+            rows, tokenizer, config.max_length, template=config.template, too_long=too_long
+        )
     plan = data.Plan(
         config.batch_size, config.max_length, common.PACKING[config.packing], config.seed
     )
@@ -107,9 +108,12 @@ def _packing(examples: data.Examples, plan: data.Plan) -> str:
 
 
 def _histogram(lengths: np.ndarray, bins: int = 10, width: int = 40) -> Table:
-    counts, edges = np.histogram(lengths, bins)
+    first, last = int(lengths.min()), int(lengths.max())
+    step = -(-(last + 1 - first) // bins)
+    edges = np.arange(first, last + step + 1, step)
+    counts, _ = np.histogram(lengths, edges)
     table = Table("tokens", "examples", "", box=None, title="lengths", title_justify="left")
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(width * count / counts.max())
-        table.add_row(f"{low:.0f} to {high:.0f}", str(count), bar)
+        table.add_row(f"{low}" if step == 1 else f"{low} to {high - 1}", str(count), bar)
     return table

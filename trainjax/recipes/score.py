@@ -80,7 +80,7 @@ def main(config: Config) -> None:
 def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -> data.Examples:
     if model.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
-    try:
+    with common.naming(config.data):
         examples = data.encode_groups(
             rows,
             model.tokenizer,
@@ -90,8 +90,6 @@ def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -
             template=config.template,
             too_long=data.refuse,
         )
-    except ValueError as error:
-        raise ValueError(f"{config.data}: {error}") from error
     if missing := sorted(set(range(len(rows))) - set(examples.rows.tolist())):
         raise ValueError(f"{config.data}: row {missing[0]}: it has no completion to score")
     return examples

@@ -44,11 +44,12 @@ def jsonl(path: Path, *, after_step: int = 0) -> Iterator[Sink]:
     a resumed run writes them again, and equal ones at that.
     """
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _is_before(line, after_step)]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _is_before(line, after_step)]
         shorter = path.with_name(f".{path.name}.tmp")
-        shorter.write_text("".join(f"{line}\n" for line in kept))
+        shorter.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         shorter.replace(path)  # at once: whoever is killed here has lost no record
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
 
         def write(record: Record) -> None:
             file.write(json.dumps(dict(record)) + "\n")
