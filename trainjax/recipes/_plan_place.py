@@ -148,7 +148,7 @@ def this_machine(settings: StepConfig) -> Device:
     speed = 2 * source.nbytes / (time.perf_counter() - start)
     share = jax.device_count()
     flops = (metrics.peak_flops(compute) or 0.0) / share
-    return Device("cpu", flops, memory / share, speed / share, speed / share, 1e9, share)
+    return Device("cpu", "cpu", flops, memory / share, speed / share, speed / share, 1e9, share)
 
 
 SHORTEST = 1024
