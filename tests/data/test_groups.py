@@ -244,10 +244,10 @@ BAD = {
         "completions": ["x", "y"],
         "scores": [1.0],
     },
-    "row 0: `label` is true or false, this is 'yes'": {
+    "row 0: `label` is true or false, this is 'maybe'": {
         "prompt": "a",
         "completion": "x",
-        "label": "yes",
+        "label": "maybe",
     },
     "without `prompt` are lists of messages": {"chosen": "a b", "rejected": "a c"},
 }

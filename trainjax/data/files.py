@@ -44,6 +44,11 @@ def refused(line: Unreadable) -> Any:
     raise line.error
 
 
+def kept(line: Unreadable) -> Any:
+    """The line itself, to be left out later: see `bad_rows.sound`."""
+    return line
+
+
 def read_file(path: Path, unreadable: OnUnreadable = refused) -> list[Any]:
     """The rows of a file, of the kind that its ending names.
 

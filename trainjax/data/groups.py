@@ -75,14 +75,24 @@ def labelled(source: Source, number: int) -> Group | None:
     (KTO's baseline). It is the next row's that is not empty, and the last has the first's.
     """
     row = source[number]
-    if not isinstance(label := row["label"], bool | np.bool_) and label not in (0, 1):
-        raise ValueError(f"`label` is true or false, this is {label!r:.60}")
+    label = _label(row["label"])
     if is_empty(row["completion"]):
         return None
     next_ = _answered(source, number)
     own = joined(row["prompt"], row["completion"], row)
     beside = at_row(next_, joined, row["prompt"], source[next_]["completion"], row)
     return Group([own, beside], 0 if label else None, {"labels": float(label)})
+
+
+def _label(value: Any) -> bool:
+    """True or false as JSON, numbers, and a spreadsheet's words have it."""
+    found = _WORDS.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool | np.bool_) and found not in (0, 1):
+        raise ValueError(f"`label` is true or false, this is {value!r:.60}")
+    return bool(found)
+
+
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def _answered(source: Source, number: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from trainjax.data.render import Rendered
+from trainjax.text import whole
 
 Ids = Int[np.ndarray, " tokens"]
 Mask = Bool[np.ndarray, " tokens"]
@@ -19,9 +20,10 @@ def tokenized(texts: Sequence[Rendered], tokenizer: Any) -> Iterator[tuple[Ids, 
     """Ids and mask of targets of each text.
 
     Args:
-        texts: plain ones get the tokenizer's own beginning and end tokens.
+        texts: plain ones get the tokenizer's own beginning and end tokens. Half a surrogate pair is U+FFFD.
         tokenizer: a `PreTrainedTokenizerFast`.
     """
+    texts = [text._replace(text=whole(text.text)) for text in texts]
     frame = _frame(tokenizer)
     batch = tokenizer.backend_tokenizer.encode_batch(
         [text.text for text in texts], add_special_tokens=False
