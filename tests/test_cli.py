@@ -331,3 +331,10 @@ class TestHome:
         words = ["--model", "m", "--prompt", "~/x is what?", "--stop", "~", "--system", "~"]
         config = parse(*words, config=generate.Config)
         assert (config.prompt, config.stop, config.system) == ("~/x is what?", ("~",), "~")
+
+
+def test_a_script_that_completes_words_in_a_shell_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--tyro-print-completion", "bash")
+    assert not ended.value.code
+    assert "--learning-rate" in capsys.readouterr().out

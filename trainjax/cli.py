@@ -152,6 +152,8 @@ def parse(config: type, args: Sequence[str], *, prog: str) -> Any:
     """
     import tyro
 
+    if any(arg.startswith("--tyro-") for arg in args):  # a script that completes words in a shell
+        return tyro.cli(config, args=list(args), prog=prog)
     options = dict(_options(config))
     files, flags = _split(args)
     given = [flag for file in files for flag in _from_yaml(file, options)] + flags
