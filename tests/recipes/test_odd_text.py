@@ -6,14 +6,13 @@ import sys
 from tests import toy
 from trainjax import cli
 from trainjax.recipes import _common as common
-from trainjax.recipes import chat
-from trainjax.rollout import prompt_ids
+from trainjax.recipes import chat, generate
 
 
 def test_half_a_surrogate_pair_in_a_prompt_is_the_replacement_character():
-    for raw in (True, False):
-        ours = prompt_ids(toy.tokenizer(), "a \ud83d", raw=raw)
-        assert ours == prompt_ids(toy.tokenizer(), "a \ufffd", raw=raw)
+    config = generate.Config(model="m", prompt="a \ud83d", system="\ude00")
+    words = [message["content"] for message in config.messages(config.prompt)]
+    assert words == ["\ufffd", "a \ufffd"]
 
 
 def test_a_conversation_goes_on_after_bytes_that_are_not_utf8(monkeypatch):

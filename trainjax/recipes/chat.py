@@ -11,6 +11,7 @@ import jax
 
 from trainjax import models, rollout
 from trainjax.recipes import _common as common
+from trainjax.text import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def main(config: Config) -> None:
 
 def _asked() -> str | None:
     try:
-        return input("> ").strip()
+        return whole(input("> ").strip())
     except EOFError:
         print()
         return None

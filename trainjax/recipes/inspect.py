@@ -15,6 +15,7 @@ from rich.text import Text
 from trainjax import data
 from trainjax.io.hub import open_checkpoint
 from trainjax.recipes import _common as common
+from trainjax.recipes._rows import checking, kept, row_length
 
 _TARGET, _PADDING = "bold black on green", "dim"
 
@@ -37,6 +38,8 @@ class Config:
     """Several examples a row, or one."""
     too_long: common.TooLongName = "truncate"
     """What happens to an example longer than --max-length."""
+    bad_rows: common.BadRowsName = "error"
+    """What happens to a row that cannot be read: it is told, or left out and counted."""
     template: bool = True
     """Put plain prompts and completions into the chat template."""
     seed: int = 0
@@ -49,14 +52,17 @@ def main(config: Config) -> None:
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
     too_long = common.TOO_LONG[config.too_long]
-    rows = data.read(config.data)
+    rows = data.read(config.data, common.BAD_ROWS[config.bad_rows])
     with common.naming(config.data):
+        check = checking(None, tokenizer, config.template)
+        rows, numbers = kept(config.bad_rows, config.data, rows, check)
         examples = data.encode(
             rows, tokenizer, config.max_length, template=config.template, too_long=too_long
         )
-    plan = data.Plan(
-        config.batch_size, config.max_length, common.PACKING[config.packing], config.seed
-    )
+    examples = dataclasses.replace(examples, rows=numbers[examples.rows])
+    pack = common.PACKING[config.packing]
+    length = row_length(pack, config.max_length, [examples])
+    plan = data.Plan(config.batch_size, length, pack, config.seed)
     console = Console()
     marks = ("", "") if console.is_terminal and not console.no_color else ("«", "»")
     batch = data.fill(examples, plan, plan.epoch(examples, 0)[0])

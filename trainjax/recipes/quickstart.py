@@ -16,7 +16,7 @@ from trainjax.data import tasks
 from trainjax.evals import ExactMatch, exact_match
 from trainjax.io import fetch
 from trainjax.recipes import _common as common
-from trainjax.recipes import _training as training
+from trainjax.recipes import _run_folder as run_folder
 from trainjax.recipes import sft
 
 Rows = list[dict[str, Any]]
@@ -42,7 +42,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the job."""
-    training.claim_folder(config.out, resume=config.resume)
+    run_folder.claim(config.out, resume=config.resume)
     if config.model in fetch.CATALOG:
         fetch.fetch(config.model, common.say)
     train = tasks.rows(config.examples, config.seed)

@@ -23,7 +23,6 @@ from trainjax.nn import Cache, Decoder, head, num_virtual_tokens, start_cache
 from trainjax.ops.head import logits
 from trainjax.peft.switched import chosen as with_adapters
 from trainjax.rollout.sampling import Drawn, Sampler, greedy, sample
-from trainjax.text import whole
 from trainjax.types import Params
 
 _BUCKET = 64  # prompts and answers are padded to multiples of it: a program serves many lengths
@@ -56,20 +55,20 @@ def prompt_ids(
 
     Args:
         tokenizer: the model's.
-        prompt: a user's words, or the messages of a conversation; half a surrogate pair becomes U+FFFD.
+        prompt: a user's words, or the messages of a conversation.
         raw: continue the text as it stands, without a chat template.
 
     Raises:
         ValueError: no chat template, or one that refuses the messages; an empty raw prompt.
     """
     if raw:
-        ids = tokenizer.backend_tokenizer.encode(whole(str(prompt)), add_special_tokens=True).ids
+        ids = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=True).ids
         if not ids:
             raise ValueError("the prompt is empty, and this tokenizer begins no text by itself")
         return ids
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     text = data.apply_template(tokenizer, messages, generation=True)
-    return tokenizer.backend_tokenizer.encode(whole(text), add_special_tokens=False).ids
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def generate(

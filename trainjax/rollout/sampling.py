@@ -22,7 +22,6 @@ from trainjax.types import pytree
 Number = Float[Array, ""] | Float[np.ndarray, ""] | np.float32
 Count = Int[Array, ""] | Int[np.ndarray, ""] | np.int32
 
-_COLDEST = 1e-6  # logits that differ by 1e-4 are then e^100 apart, and far below it they overflow
 _BLOCK = 128  # the running sum goes over blocks of the vocabulary first, then within one
 
 
@@ -73,7 +72,7 @@ def sampler(
     """A sampler with the filters in the usual order: temperature, top-k, top-p, min-p.
 
     Args:
-        temperature: divides the logits; below 1e-6 it is greedy, and the rest is then without effect.
+        temperature: divides the logits; 0 is greedy, and the rest is then without effect.
         top_k: how many of the most probable tokens to keep; None for all.
         top_p: keep the fewest most probable tokens with this share of what top-k left.
         min_p: keep tokens with at least this share of the top token's probability.
@@ -96,7 +95,7 @@ def sampler(
         raise ValueError(f"top_p={top_p} is not a share in (0, 1]; 1 or None keeps all tokens")
     if min_p is not None and not 0.0 <= min_p < 1.0:
         raise ValueError(f"min_p={min_p} is not a share in [0, 1); 0 or None keeps all tokens")
-    if temperature < _COLDEST:
+    if temperature == 0.0:
         return greedy
     return Sampler(
         np.float32(temperature),
