@@ -34,7 +34,7 @@ def compared(row: Row) -> tuple[Any, Any, Any]:
         if prompt is None:
             raise ValueError("`chosen` and `rejected` are both text or both lists of messages")
         return prompt, chosen, rejected
-    if prompt is not None and not _holds(chosen, rejected, prompt):
+    if prompt not in (None, []) and not _holds(chosen, rejected, prompt):
         return prompt, chosen, rejected
     return _conversations(chosen, rejected)
 

@@ -191,8 +191,9 @@ def encode(
         )
     ids, trained, rows = zip(*pieces, strict=True)
     offsets = np.cumsum([0, *map(len, ids)])
+    tally: dict[str, Any] = dict(counts)
     return Examples(
-        np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), **counts
+        np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), **tally
     )
 
 
