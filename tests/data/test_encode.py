@@ -327,7 +327,7 @@ class TestTools:
         text, trained = texts(examples)
         assert text.startswith("clock;<|im_start|>user:hi")
         assert trained == '{"town": "Bern"}<|im_end|>'
-        assert "tools" not in examples.summary()
+        assert "template" not in examples.summary()
 
     @pytest.mark.parametrize(
         "written", ["{{ call.function.arguments }}", "{{ '' + call.function.arguments }}"]
@@ -344,7 +344,7 @@ class TestTools:
         examples = encode([row])
         assert texts(examples)[1] == "ho<|im_end|>\n"
         assert (examples.unwritten, examples.tools_ignored) == (1, 1)
-        assert "1 answers not trained on: the chat template does not write them" in (
+        assert "1 not trained on: answers that the chat template does not write" in (
             examples.summary()
         )
 

@@ -258,6 +258,11 @@ BAD = {
         "completion": "x",
         "label": "yes",
     },
+    "row 0: a completion is text or messages, this is 4": {
+        "prompt": "a",
+        "chosen": 4,
+        "rejected": "y",
+    },
     "without `prompt` are lists of messages, or texts that begin alike": {
         "chosen": "a b",
         "rejected": "a c",
@@ -283,9 +288,10 @@ def test_bad_rows_are_one_clear_sentence(message, row):
 def test_rows_with_nothing_to_compare_are_left_out_and_counted():
     empty, same = PAIRS[0] | {"rejected": " "}, PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}
     silent = {"prompt": [MESSAGES[0]], "chosen": [MESSAGES[1]], "rejected": []}
-    examples = data.encode_groups([empty, *PAIRS, same, silent], toy.tokenizer(), 100)
-    assert (examples.rows.tolist(), examples.incomparable) == ([*range(1, 10)], 3)
-    assert "3 left out: completions that are equal, or an empty one" in examples.summary()
+    null = {"chosen": [MESSAGES[0], MESSAGES[1]], "rejected": None}
+    examples = data.encode_groups([empty, *PAIRS, same, silent, null], toy.tokenizer(), 100)
+    assert (examples.rows.tolist(), examples.incomparable) == ([*range(1, 10)], 4)
+    assert "4 left out: completions that are equal, or an empty one" in examples.summary()
     with pytest.raises(
         ValueError, match="none of the 1 rows can be compared: its completions are equal"
     ):
