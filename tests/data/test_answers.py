@@ -154,3 +154,76 @@ ANSWERED = [{"role": "user", "content": "ok"}, {"role": "assistant", "content": 
 def test_the_assistants_words_and_ends_of_turn_are_trained_and_nothing_else(drawn):
     for name, family in FAMILIES.items():
         assert (name, mistakes(family, drawn)[:1]) == (name, [])
+
+
+def compared_texts(examples: data.Examples, family: Family) -> dict[int, list[str]]:
+    """The text that is a target, of each completion of each row."""
+    found, groups, decode = {}, examples.groups, tokenizer(family).decode
+    assert groups is not None
+    for example, number in enumerate(examples.rows.tolist()):
+        here = examples.slice_of(example)
+        kept = groups.branches[here] * groups.targets[here]
+        found[number] = [decode(examples.tokens[here][kept == k + 1]) for k in range(groups.size)]
+    return found
+
+
+KINDS = {
+    "pair": lambda prompt, a, b: {"prompt": prompt, "chosen": [a], "rejected": [b]},
+    "conversations": lambda prompt, a, b: {"chosen": [*prompt, a], "rejected": [*prompt, b]},
+    "scored": lambda prompt, a, b: {
+        "prompt": prompt,
+        "completions": [[a], [b]],
+        "scores": [1.0, 0.0],
+    },
+    "labelled": lambda prompt, a, b: {"prompt": prompt, "completion": [a], "label": True},
+}
+
+
+def compared_mistakes(family: Family, drawn: Sequence[tuple[Any, str]], kind: str) -> list[Any]:
+    """Every row whose completions have other targets than the assistant's words."""
+    asked = [
+        (messages[:-1], {**messages[-1], "weight": 1}, {"role": "assistant", "content": other})
+        for messages, other in [(ANSWERED, "no"), *drawn]
+        if messages[-1]["role"] == "assistant" and not refuses(family, messages)
+    ]
+    rows = [KINDS[kind](*case) for case in asked]
+    if kind == "labelled":  # the second completion is the next row's that says something
+        others = [(*asked[i + 1 :], *asked) for i in range(len(asked))]
+        says = [next(a for _, a, _ in other if a["content"].strip()) for other in others]
+        asked = [(prompt, a, b) for (prompt, a, _), b in zip(asked, says, strict=True)]
+    wanted = {}
+    for number, (prompt, a, b) in enumerate(asked):
+        texts = [said(family, [*prompt, one], len(prompt)).replace("\0", "") for one in (a, b)]
+        empty = [not one["content"].strip() for one in (a, b)]
+        equal = kind in ("pair", "conversations") and a["content"] == b["content"]
+        if all(texts) and not any(empty) and not equal:
+            wanted[number] = texts
+    found = compared_texts(data.encode_groups(rows, tokenizer(family), LONG), family)
+    return [
+        (rows[i], found.get(i), wanted.get(i))
+        for i in range(len(rows))
+        if found.get(i) != wanted.get(i)
+    ]
+
+
+@settings(draws, max_examples=10)
+@given(st.lists(st.tuples(conversations, contents), min_size=20, max_size=20))
+def test_pairs_labels_and_lists_compare_the_words_of_their_completions_and_nothing_else(drawn):
+    for name, family in FAMILIES.items():
+        for kind in KINDS:
+            assert (name, compared_mistakes(family, drawn, kind)[:1]) == (name, [])
+
+
+def test_a_search_for_the_words_would_not_do(monkeypatch):
+    """That the check above sees what goes wrong: the words stand elsewhere, or are trimmed."""
+    drawn = [
+        conversation(shape, ("ok", " ok\n", "a", "user", "ok"), 0) for shape in ("uaua", "suaua")
+    ]
+
+    def first_place(write, messages, turn, text):
+        return max(0, text.find(messages[turn]["content"]))
+
+    assert not any(mistakes(family, drawn) for family in FAMILIES.values())
+    monkeypatch.setattr(answers, "answer_start", first_place)
+    tagged = {"smollm3", "tagged-thoughts"}
+    assert all(mistakes(family, drawn) for name, family in FAMILIES.items() if name not in tagged)

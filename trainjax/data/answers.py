@@ -86,13 +86,13 @@ def answer_start(write: Write, messages: Sequence[Message], turn: int, text: str
     if prompt is not None and text.startswith(prompt):
         return len(prompt)
     marked = _marked(write, messages[: turn + 1], turn, text)
-    start = shared_length(text, marked)
-    if prompt is not None and not prompt.startswith(text[:start]):
-        _check_answers(write, messages, turn, text)
-    return start
+    if prompt is not None:
+        _check_question(write, messages, turn, text)
+    return shared_length(text, marked)
 
 
-def _check_answers(write: Write, messages: Sequence[Message], turn: int, text: str) -> None:
+def _check_question(write: Write, messages: Sequence[Message], turn: int, text: str) -> None:
+    """That what the answer replies to is in the text."""
     if _marked(write, messages[: turn + 1], turn - 1, text) == text:
         raise ValueError(
             f"the chat template leaves message {turn - 1} out once message {turn} answers it, which would "

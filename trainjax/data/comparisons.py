@@ -28,13 +28,15 @@ def compared(row: Row) -> tuple[Any, Any, Any]:
     """
     chosen, rejected = _answer(row["chosen"]), _answer(row["rejected"])
     prompt = row.get("prompt", row.get("conversations"))
+    if not chosen or not rejected:  # nothing to compare
+        return prompt, chosen, rejected
     if isinstance(chosen, str) and isinstance(rejected, str):
         return (prompt, chosen, rejected) if prompt is not None else _texts(chosen, rejected)
     if isinstance(chosen, str) or isinstance(rejected, str):
         if prompt is None:
             raise ValueError("`chosen` and `rejected` are both text or both lists of messages")
         return prompt, chosen, rejected
-    if prompt is not None and not _holds(chosen, rejected, prompt):
+    if prompt not in (None, []) and not _holds(chosen, rejected, prompt):
         return prompt, chosen, rejected
     return _conversations(chosen, rejected)
 
@@ -66,12 +68,12 @@ def _says_something(message: Message) -> bool:
 
 
 def _answer(value: Any) -> Any:
-    """Text as it is, messages as `list_of_messages` reads them; what is nothing stays nothing."""
-    return (
-        list_of_messages(value)
-        if value and isinstance(value, Sequence | Mapping) and not isinstance(value, str)
-        else value
-    )
+    """Text as it is, messages as `list_of_messages` reads them, nothing as no messages."""
+    if isinstance(value, str) or value is None or value == []:
+        return value or []
+    if not isinstance(value, Sequence | Mapping):
+        raise ValueError(f"a completion is text or messages, this is {value!r:.60}")
+    return list_of_messages(value)
 
 
 def _holds(chosen: list[Message], rejected: list[Message], prompt: Any) -> bool:

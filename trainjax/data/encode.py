@@ -70,7 +70,7 @@ class Examples:
         tokens: ids of all rows, one after another.
         trained: which of them are targets.
         offsets: where each row starts; one more than rows.
-        rows: number of each in the source.
+        rows: number of the row in the source that each is of; a row may be several examples.
         truncated: how many were cut at `max_length`.
         too_long: how many were left out because they were longer than `max_length`.
         without_target: how many were left out because no target was left in them.
@@ -120,8 +120,8 @@ class Examples:
             "left out as too long": self.too_long,
             "left out: no completion within that length": self.without_target,
             "left out: completions that are equal, or an empty one": self.incomparable,
-            "answers not trained on: the chat template does not write them": self.unwritten,
-            "rows with tools that the chat template does not describe": self.tools_ignored,
+            "not trained on: answers that the chat template does not write": self.unwritten,
+            "with tools that the chat template does not describe": self.tools_ignored,
         }
         return "; ".join([*parts, *(f"{count} {note}" for note, count in notes.items() if count)])
 
@@ -191,8 +191,9 @@ def encode(
         )
     ids, trained, rows = zip(*pieces, strict=True)
     offsets = np.cumsum([0, *map(len, ids)])
+    tally: dict[str, Any] = dict(counts)
     return Examples(
-        np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), **counts
+        np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), **tally
     )
 
 

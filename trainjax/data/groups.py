@@ -41,12 +41,14 @@ class Group(NamedTuple):
     values: Mapping[str, Any] = {}
 
 
-Read = Callable[[Source, int], Group | None]
-"""`(source, number) -> group`: of a row, which may look at others. None if nothing in it can be compared:
-a completion is empty, or both of a pair are the same."""
+NOTHING = Group((), None)
+"""A row in which nothing can be compared: a completion is empty, or both of a pair are the same."""
+
+Read = Callable[[Source, int], Group]
+"""`(source, number) -> group`: of a row, which may look at others."""
 
 
-def pair(source: Source, number: int) -> Group | None:
+def pair(source: Source, number: int) -> Group:
     """`chosen` and `rejected` with a `prompt`, or as conversations or texts that begin alike.
 
     A `margin` says by how much the chosen one is the better: all rows have one, or none.
@@ -54,7 +56,7 @@ def pair(source: Source, number: int) -> Group | None:
     row = source[number]
     prompt, chosen, rejected = compared(row)
     if chosen == rejected or is_empty(chosen) or is_empty(rejected):
-        return None
+        return NOTHING
     values = {} if row.get("margin") is None else {"margins": _number(row, "margin")}
     return Group([joined(prompt, answer, row) for answer in (chosen, rejected)], 0, values)
 
@@ -68,7 +70,7 @@ def single(source: Source, number: int) -> Group:
     return Group([read(row)])
 
 
-def labelled(source: Source, number: int) -> Group | None:
+def labelled(source: Source, number: int) -> Group:
     """`completion` with a `label`: true if it is desirable. Beside it, another row's completion.
 
     What another prompt's completion gains over the reference measures how far the policy has drifted
@@ -77,7 +79,7 @@ def labelled(source: Source, number: int) -> Group | None:
     row = source[number]
     label = _label(row["label"])
     if is_empty(row["completion"]):
-        return None
+        return NOTHING
     next_ = _answered(source, number)
     own = joined(row["prompt"], row["completion"], row)
     beside = at_row(next_, joined, row["prompt"], source[next_]["completion"], row)
@@ -101,7 +103,7 @@ def _answered(source: Source, number: int) -> int:
     return next(i for i in others if not at_row(i, lambda i=i: is_empty(source[i]["completion"])))
 
 
-def scored(source: Source, number: int) -> Group | None:
+def scored(source: Source, number: int) -> Group:
     """`completions` with a number each in `scores`."""
     row = source[number]
     answers, scores = row["completions"], [float(score) for score in row["scores"]]
@@ -112,7 +114,7 @@ def scored(source: Source, number: int) -> Group | None:
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"`scores` are finite numbers, these are {scores}")
     if any(map(is_empty, answers)):
-        return None
+        return NOTHING
     made = [joined(row["prompt"], answer, row) for answer in answers]
     return Group(made, int(np.argmax(scores)), {"scores": scores})
 
@@ -164,7 +166,7 @@ def encode_groups(
         cut = [
             (ids[:keep], trained[:keep]) for (ids, trained), keep in zip(answers, kept, strict=True)
         ]
-        if group is None:
+        if not texts:
             counts["incomparable"] += 1
         elif None in kept:
             counts["too_long"] += 1
@@ -175,12 +177,17 @@ def encode_groups(
                 keep < len(ids) for (ids, _), keep in zip(answers, kept, strict=True)
             )
             made.append(_laid_out(cut, group, number, share_prompt))
+    if counts["incomparable"] == len(source):
+        raise ValueError(
+            f"none of the {len(source)} rows can be compared: its completions are equal, or one is empty"
+        )
     if not made:
         raise ValueError(
             f"none of the {len(source)} rows has a token to compare in each of its completions within "
-            f"max_length={max_length}, or all have equal or empty ones"
+            f"max_length={max_length}"
         )
-    return dataclasses.replace(_joined(made), **counts)
+    tally: dict[str, Any] = dict(counts)
+    return dataclasses.replace(_joined(made), **tally)
 
 
 class _Laid(NamedTuple):
@@ -249,12 +256,12 @@ def _padded(value: Any, size: int) -> Any:
 
 def _tokenized(
     source: Source, tokenizer: Any, read: Read, template: bool, progress: Callable[[int], None]
-) -> Iterator[tuple[int, Group | None, list[Rendered], list[tuple[np.ndarray, np.ndarray]]]]:
+) -> Iterator[tuple[int, Group, list[Rendered], list[tuple[np.ndarray, np.ndarray]]]]:
     for start in range(0, len(source), _CHUNK):
         numbers = range(start, min(start + _CHUNK, len(source)))
         groups = [at_row(number, read, source, number) for number in numbers]
         rendered = [
-            [] if group is None else at_row(number, _rendered, group, tokenizer, template)
+            at_row(number, _rendered, group, tokenizer, template)
             for number, group in zip(numbers, groups, strict=True)
         ]
         answers = tokenized([text for texts in rendered for text in texts], tokenizer)

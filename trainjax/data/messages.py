@@ -99,11 +99,11 @@ def _call(call: Any) -> Any:
     return {**call, "arguments": _parsed("arguments", call["arguments"] or "{}")}
 
 
-def _list_of(name: str, value: Any) -> Sequence[Any]:
+def _list_of(name: str, value: Any) -> list[Any]:
     found = _parsed(name, value or "[]") if isinstance(value, str) else value
     if isinstance(found, str) or not isinstance(found, Sequence):
         raise ValueError(f"`{name}` is a list, or JSON text of one, this is {value!r:.60}")
-    return found
+    return list(found)
 
 
 def _parsed(name: str, text: str) -> Any:
