@@ -10,6 +10,7 @@ import yaml
 
 from tests import toy
 from trainjax import cli, models
+from trainjax.recipes import reward
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,10 @@ class TestAdapter:
         fields = json.loads((out / "adapter" / "adapter_config.json").read_text())
         assert (fields["r"], fields["use_rslora"]) == (2, True)
         assert yaml.safe_load((out / "config.yaml").read_text())["adapter"] == str(first)
+        shutil.copytree(first / "adapter", tmp_path / "same")
+        flags = ("--adapter", tmp_path / "same", "--warmup", 0, "--resume")
+        assert go_on("dpo", model, pairs, out, *flags) == 0
+        assert toy.trace(out) == [begin, later]
 
     def test_its_settings_are_its_own(self, model, rows, first, tmp_path, capsys):
         flags = ("--adapter", first, "--peft.rank", 8)
@@ -99,10 +104,11 @@ class TestAdapter:
         sentence = refused(capsys, go_on("sft", other, rows, tmp_path / "run", "--adapter", first))
         assert "was trained on another base" in sentence
 
-    def test_a_reward_model_may_begin_at_it(self, model, first, pairs, tmp_path):
-        out = tmp_path / "rm"
-        assert go_on("reward", model, pairs, out, "--adapter", first, "--learning-rate", 0) == 0
+    def test_a_reward_model_may_begin_at_it(self, model, first, tmp_path):
+        config = reward.Config(model=str(model), data="pairs", out=tmp_path, adapter=first)
         base = models.load(model)
-        _, ours = models.load_adapter(first, base)
-        _, _, params = models.load_scorer(model, adapter=out)
-        jax.tree.map(np.testing.assert_array_equal, params["body"], ours)
+        params = reward._first_params(config, reward._start(config, base))
+        jax.tree.map(
+            np.testing.assert_array_equal, params["body"], models.load_adapter(first, base)[1]
+        )
+        assert params["score"]["kernel"].shape == (32, 1)
