@@ -291,3 +291,50 @@ class TestOutcome:
             process.send_signal(signal.SIGINT)
             assert process.communicate(timeout=60)[1] == "error: interrupted\n"
         assert process.returncode == 130
+
+
+class TestHome:
+    """`~` is the home folder wherever a path may stand, as the shell writes it only before a word."""
+
+    @pytest.fixture(autouse=True)
+    def home(self, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/ada")
+
+    @pytest.mark.parametrize(
+        ("text", "path"),
+        [
+            ("~/x", "/home/ada/x"),
+            ("~", "/home/ada"),
+            ("hf:~/set/main:train[:10%]", "hf:/home/ada/set/main:train[:10%]"),
+            ("sums=~/a.jsonl", "sums=/home/ada/a.jsonl"),
+            ("a/~/b", "a/~/b"),
+            ("run~1", "run~1"),
+            ("~no-such-user/x", "~no-such-user/x"),
+        ],
+    )
+    def test_at_the_beginning_of_a_path_or_after_a_name(self, text, path):
+        assert parse("--data", text, "--out", "o").data == path
+
+    def test_in_flags_files_and_groups(self, tmp_path):
+        from trainjax.recipes import sft
+
+        file = tmp_path / "run.yaml"
+        file.write_text("out: ~/runs/mine\nmodel: ~/tiny\nschedule:\n  settings: [log=~/m.jsonl]\n")
+        config = parse(f"--config={file}", "--data=~/rows.jsonl", config=sft.Config)
+        assert config.out == Path("/home/ada/runs/mine")
+        assert (config.model, config.data) == ("/home/ada/tiny", "/home/ada/rows.jsonl")
+        assert config.schedule.settings == ("log=/home/ada/m.jsonl",)
+
+    def test_not_in_what_a_model_reads(self):
+        from trainjax.recipes import generate
+
+        words = ["--model", "m", "--prompt", "~/x is what?", "--stop", "~", "--system", "~"]
+        config = parse(*words, config=generate.Config)
+        assert (config.prompt, config.stop, config.system) == ("~/x is what?", ("~",), "~")
+
+
+def test_a_script_that_completes_words_in_a_shell_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--tyro-print-completion", "bash")
+    assert not ended.value.code
+    assert "--learning-rate" in capsys.readouterr().out

@@ -22,7 +22,7 @@ MODULES = sorted(
 
 FOREIGN = {"torch", "tensorflow", "peft", "trl", "wandb", "datasets"}
 _WITHOUT_FAKE_DEVICES = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-HEAVY = {"jax", "flax", "optax", "orbax", "numpy", "transformers", "grain", "tyro"}
+HEAVY = {"jax", "flax", "optax", "orbax", "numpy", "transformers", "tyro"}
 
 
 def imported(statement: str) -> set[str]:
@@ -51,9 +51,7 @@ def test_no_other_framework_comes_with_the_library(statement):
 
 def test_what_reads_data_and_gguf_files_comes_when_it_is_used():
     found = imported("from trainjax import data, losses, models, peft, policies, rollout, train")
-    assert (
-        found & {"grain", "gguf", "tensorflow_datasets", "tyro", "matplotlib", "pyarrow"} == set()
-    )
+    assert found & {"gguf", "tensorflow_datasets", "tyro", "matplotlib", "pyarrow"} == set()
 
 
 def test_every_public_name_is_there():

@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import pkgutil
+import re
 import sys
 import traceback
 import typing
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from trainjax import recipes
+from trainjax.recipes import Prose
+
+C = typing.TypeVar("C")
 
 DEBUG = "TRAINJAX_DEBUG"  # set to 1 for the traceback of an error
 
@@ -148,13 +152,46 @@ def parse(config: type, args: Sequence[str], *, prog: str) -> Any:
     """
     import tyro
 
+    if any(arg.startswith("--tyro-") for arg in args):  # a script that completes words in a shell
+        return tyro.cli(config, args=list(args), prog=prog)
     options = dict(_options(config))
     files, flags = _split(args)
     given = [flag for file in files for flag in _from_yaml(file, options)] + flags
     words = _check(flags, options)
     if not {"-h", "--help"} & set(flags):
         _check_complete(config, given, words, prog)
-    return tyro.cli(config, args=given, prog=prog)
+    return _at_home(tyro.cli(config, args=given, prog=prog))
+
+
+def _at_home(config: C) -> C:
+    """The settings with `~` as the home folder in every path and in every name of rows or of a model."""
+    hints = typing.get_type_hints(type(config))
+    fields = dataclasses.fields(typing.cast(Any, config))
+    values = {f.name: _expanded(getattr(config, f.name), hints[f.name]) for f in fields}
+    return dataclasses.replace(typing.cast(Any, config), **values)
+
+
+def _expanded(value: Any, type_: Any) -> Any:
+    """A setting's value, of that type, with `~` expanded where it is no prose."""
+    if dataclasses.is_dataclass(value):
+        return _at_home(value)
+    if isinstance(value, tuple):
+        return tuple(_expanded(item, _item(type_)) for item in value)
+    if _without_none(type_)[0] is Prose or not isinstance(value, str | Path):
+        return value
+    return type(value)(_home(str(value)))
+
+
+def _home(text: str) -> str:
+    """A path with `~` or `~user` as the folder that it stands for, also after `NAME=` and `hf:`.
+
+    As in a shell, the name of a user whom there is not stays as it is.
+    """
+    before, tilde, after = _TILDE.fullmatch(text).groups()  # type: ignore[union-attr]
+    return before + os.path.expanduser(tilde) + after
+
+
+_TILDE = re.compile(r"((?:[^/~]*[=:])?)(~[^/]*|)(.*)", re.DOTALL)
 
 
 def _options(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -182,7 +219,7 @@ def _split(args: Sequence[str]) -> tuple[list[Path], list[str]]:
         value = value if equals else next(left, "")
         if not value:
             raise ValueError("--config needs the name of a YAML file")
-        files.append(Path(value))
+        files.append(Path(_home(value)))
     return files, rest
 
 
@@ -249,7 +286,7 @@ def _is_required(field: Any) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-_KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+_KINDS = {int: "a whole number", float: "a number", str: "a text", Prose: "a text", Path: "a path"}
 
 
 def _kind(type_: Any) -> str:
@@ -355,7 +392,7 @@ def _jobs() -> dict[str, str]:
     for module in pkgutil.iter_modules(recipes.__path__):
         if not module.name.startswith("_"):
             file = Path(recipes.__path__[0]) / f"{module.name}.py"
-            text = ast.get_docstring(ast.parse(file.read_text())) or ""
+            text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
             jobs[module.name.replace("_", "-")] = text.partition("\n")[0]
     return jobs
 

@@ -55,7 +55,7 @@ def measured(rows: int, length: int, remat: str) -> dict[str, float]:
 
     config = StepConfig(model=MODEL, out=Path(), batch_size=rows, max_length=length, remat=remat)
     model = common.load_model(MODEL, remat=remat)
-    method = config.adapter()
+    method = config.peft_method()
     tx = config.optimizer(1000, model)
     own = policy(model, method)
     state = train.init(method.init(jax.random.key(0), model.params), tx)

@@ -23,6 +23,26 @@ SAME = {
         "rejected": [MESSAGES[2]],
     },
     "no prompt": {"chosen": [MESSAGES[0], MESSAGES[1]], "rejected": [MESSAGES[0], MESSAGES[2]]},
+    "ultrafeedback": {
+        "prompt": "say 0",
+        "chosen": [MESSAGES[0], MESSAGES[1]],
+        "rejected": [MESSAGES[0], MESSAGES[2]],
+    },
+    "prompt in all three": {
+        "prompt": [MESSAGES[0]],
+        "chosen": [MESSAGES[0], MESSAGES[1]],
+        "rejected": [MESSAGES[0], MESSAGES[2]],
+    },
+    "text before messages": {"prompt": "say 0", "chosen": [MESSAGES[1]], "rejected": [MESSAGES[2]]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "say 0"}],
+        "chosen": {"from": "gpt", "value": "0"},
+        "rejected": {"from": "gpt", "value": "no 0"},
+    },
+    "hh-rlhf": {
+        "chosen": "\n\nHuman: say 0\n\nAssistant: 0",
+        "rejected": "\n\nHuman: say 0\n\nAssistant: no 0",
+    },
     "scores": {"prompt": "say 0", "completions": ["0", "no 0"], "scores": [1.0, 0.5]},
 }
 
@@ -213,17 +233,6 @@ def test_the_fingerprint_tells_which_completion_is_the_better():
 
 
 BAD = {
-    "row 0: `chosen` and `rejected` are the same: 'x'": {
-        "prompt": "a",
-        "chosen": "x",
-        "rejected": "x",
-    },
-    "row 0: a completion is empty: ''": {"prompt": "a", "chosen": "x", "rejected": ""},
-    "row 0: a completion is empty: \\[\\]": {
-        "prompt": [MESSAGES[0]],
-        "chosen": [MESSAGES[1]],
-        "rejected": [],
-    },
     "the columns are prompt, chosen; accepted are: chosen \\+ rejected": {
         "prompt": "a",
         "chosen": "x",
@@ -244,12 +253,29 @@ BAD = {
         "completions": ["x", "y"],
         "scores": [1.0],
     },
-    "row 0: `label` is true or false, this is 'yes'": {
+    "row 0: `label` is true or false, this is 'maybe'": {
         "prompt": "a",
         "completion": "x",
-        "label": "yes",
+        "label": "maybe",
     },
-    "without `prompt` are lists of messages": {"chosen": "a b", "rejected": "a c"},
+    "row 0: a completion is text or messages, this is 4": {
+        "prompt": "a",
+        "chosen": 4,
+        "rejected": "y",
+    },
+    "without `prompt` are lists of messages, or texts that begin alike": {
+        "chosen": "a b",
+        "rejected": "a c",
+    },
+    "row 0: `prompt` is 'say 1', but `chosen` and `rejected` are conversations": {
+        "prompt": "say 1",
+        "chosen": [MESSAGES[0], MESSAGES[1]],
+        "rejected": [MESSAGES[0], MESSAGES[2]],
+    },
+    "row 0: `chosen` and `rejected` are both text or both lists": {
+        "chosen": "a",
+        "rejected": [MESSAGES[1]],
+    },
 }
 
 
@@ -257,6 +283,56 @@ BAD = {
 def test_bad_rows_are_one_clear_sentence(message, row):
     with pytest.raises(ValueError, match=message):
         data.encode_groups([row], toy.tokenizer(), 64)
+
+
+def test_rows_with_nothing_to_compare_are_left_out_and_counted():
+    empty, same = PAIRS[0] | {"rejected": " "}, PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}
+    silent = {"prompt": [MESSAGES[0]], "chosen": [MESSAGES[1]], "rejected": []}
+    null = {"chosen": [MESSAGES[0], MESSAGES[1]], "rejected": None}
+    examples = data.encode_groups([empty, *PAIRS, same, silent, null], toy.tokenizer(), 100)
+    assert (examples.rows.tolist(), examples.incomparable) == ([*range(1, 10)], 4)
+    assert "4 left out: completions that are equal, or an empty one" in examples.summary()
+    with pytest.raises(
+        ValueError, match="none of the 1 rows can be compared: its completions are equal"
+    ):
+        data.encode_groups([same], toy.tokenizer(), 100)
+
+
+def test_an_empty_completion_is_nobodys_baseline():
+    rows = [{"prompt": "a", "completion": text, "label": True} for text in ("x", " ", "y")]
+    examples = data.encode_groups(rows, toy.tokenizer(), 64)
+    text = toy.tokenizer().decode
+    beside = [[text(targets)[0] for _, targets in plain(examples, i)] for i in range(2)]
+    assert (beside, examples.incomparable) == ([["x", "y"], ["y", "x"]], 1)
+
+
+def test_assistant_turns_of_the_prompt_are_no_targets_and_all_of_the_completion_are():
+    prompt = [MESSAGES[0], MESSAGES[1], MESSAGES[0]]
+    answers = [[a, {"role": "user", "content": "7"}, b] for a, b in (MESSAGES[1:], MESSAGES[:0:-1])]
+    rows = {
+        "pair": {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
+        "labelled": {"prompt": prompt, "completion": answers[0], "label": True},
+        "scored": {"prompt": prompt, "completions": answers, "scores": [1.0, 0.0]},
+    }
+    for row in rows.values():
+        found = plain(data.encode_groups([row], toy.tokenizer(), 512), 0)
+        text = [toy.tokenizer().decode(targets) for _, targets in found]
+        assert text[0] == "0<|im_end|>\nno 0<|im_end|>\n"
+        assert text[-1] in (text[0], "no 0<|im_end|>\n0<|im_end|>\n")
+
+
+def test_plain_texts_of_several_turns_are_the_messages_that_their_markers_part():
+    before = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"chosen": f"{before} yes", "rejected": f"{before} you\n\nHuman: d"}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns += [{"role": "user", "content": "c"}]
+    same = {"prompt": turns, "chosen": "yes", "rejected": "you\n\nHuman: d"}
+    framed, messages = (data.encode_groups([r], toy.tokenizer(), 256) for r in (row, same))
+    assert plain(framed, 0) == plain(messages, 0)
+    bare = data.encode_groups([row], toy.tokenizer(), 256, template=False)
+    (ids, targets), _ = plain(bare, 0)
+    decode = toy.tokenizer().decode
+    assert (decode(ids), decode(targets)) == (f"{before} yes<|im_end|>", " yes<|im_end|>")
 
 
 def test_completions_beyond_the_longest_length_are_left_out_and_counted():

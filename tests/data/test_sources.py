@@ -99,15 +99,16 @@ def test_tfds_gives_plain_rows_without_tensorflow(tmp_path):
             return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
-            return {"train": [(0, {"messages": messages})]}
+            return {"train": [(i, {"messages": messages}) for i in range(3)]}
 
         def _generate_examples(self):
             yield from ()
 
     ToyChats(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     source = read(f"tfds:{tmp_path}/toy_chats/1.0.0:train")
-    assert len(source) == 1
+    assert len(source) == 3
     assert source[0] == {"messages": messages}
+    assert len(read(f"tfds:{tmp_path}/toy_chats/1.0.0:train[1:]")) == 2
     assert "tensorflow" not in sys.modules
 
 

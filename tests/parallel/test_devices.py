@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 
-from trainjax.parallel.devices import DEVICES, axis_bandwidth, find_device
+from trainjax.parallel.devices import DEVICES, axis_bandwidth, device_of_kind, find_device
 from trainjax.parallel.roofline import Roofline, roofline
-from trainjax.train.metrics import _PEAKS
 
 
 def sizes(data=1, fsdp=1, tensor=1):
@@ -35,11 +34,25 @@ def test_an_unknown_device_is_answered_with_those_there_are(kind):
         find_device(kind)
 
 
-def test_the_peaks_are_those_of_the_mfu_that_runs_report():
-    ours = {name: device.flops for name, device in DEVICES.items()}
-    named = {"v5 lite": "v5e", "v6 lite": "v6e"}
-    theirs = {named.get(name, name.lower()): peak for name, peak in _PEAKS.items()}
-    assert all(theirs[name] == peak for name, peak in ours.items())
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("Tesla T4", "t4"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+    ],
+)
+def test_a_device_is_known_by_what_jax_calls_it(kind, name):
+    assert device_of_kind(kind) is DEVICES[name]
 
 
 def test_an_axis_within_a_node_has_its_links_and_one_across_the_cards_of_its_members():

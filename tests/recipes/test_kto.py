@@ -39,7 +39,6 @@ BAD = {
     "beta=-1.0: it is above 0": (["--loss.beta", "-1"], ROWS),
     "row 1: `label` is true or false, this is 'good'": ([], [ROWS[0], ROWS[1] | {"label": "good"}]),
     "the column 'label' is missing": ([], [{"prompt": "a", "completion": "b"}]),
-    "row 1: a completion is empty": ([], [ROWS[0], ROWS[1] | {"completion": " "}]),
 }
 
 

@@ -77,7 +77,7 @@ def test_weights_and_state_are_a_real_runs_byte_by_byte_on_each_device(mesh, cha
     if given.base_format is not None:
         params = quant.quantise(model.params, common.BASE_FORMATS[given.base_format])
         model = model.with_params(params)
-    method = given.adapter()
+    method = given.peft_method()
     start = model.params if method is None else method.init(jax.random.key(0), model.params)
     start = tree.cast(start, common.DTYPES[given.param_dtype])
     real = train.init(start, given.optimizer(1000, model))

@@ -135,11 +135,11 @@ class TestReward:
             ([{"prompt": "a", "completion": "b"}], "row 0: the column 'chosen' is missing"),
             (
                 [{"prompt": "a", "chosen": "x", "rejected": "x"}],
-                "row 0: `chosen` and `rejected` are the same: 'x'",
+                "none of the 1 rows can be compared: its completions are equal, or one is empty",
             ),
             (
                 [{"prompt": "a", "chosen": "x", "rejected": ""}],
-                "row 0: a completion is empty: ''",
+                "none of the 1 rows can be compared: its completions are equal, or one is empty",
             ),
             (
                 [{"prompt": "a", "chosen": "x", "rejected": "y", "margin": "nan"}],

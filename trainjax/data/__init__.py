@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 
 from trainjax.data.encode import Examples, drop, encode, refuse, truncate
 from trainjax.data.groups import Group, Read, encode_groups, labelled, pair, scored, single
-from trainjax.data.packing import Pack, best_fit, unpacked
+from trainjax.data.packing import Pack, best_fit, fullest, unpacked
 from trainjax.data.pipeline import Loader, Plan, fill, one_epoch, sequence_mean, token_mean
 from trainjax.data.reference import load_reference, save_reference, with_reference
-from trainjax.data.render import apply_template
 from trainjax.data.scores import conditioned, score_tokens
 from trainjax.data.sources import Source, read
+from trainjax.data.templates import apply_template
 
 __all__ = [
     "Pack",
@@ -31,6 +31,7 @@ __all__ = [
     "encode",
     "encode_groups",
     "fill",
+    "fullest",
     "labelled",
     "load_reference",
     "one_epoch",

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from trainjax.data.formats import FORMATS, detect
-from trainjax.data.render import Rendered, render
+from trainjax.data.formats import supervised_reader
+from trainjax.data.render import Rendered, renderings
 from trainjax.data.sources import Source
+from trainjax.data.tokens import tokenized
 
 _CHUNK = 1024  # rows tokenized at once: enough for the tokenizer's threads
 
@@ -68,10 +70,15 @@ class Examples:
         tokens: ids of all rows, one after another.
         trained: which of them are targets.
         offsets: where each row starts; one more than rows.
-        rows: number of each in the source.
+        rows: number of the row in the source that each is of; a row may be several examples.
         truncated: how many were cut at `max_length`.
         too_long: how many were left out because they were longer than `max_length`.
         without_target: how many were left out because no target was left in them.
+        incomparable: rows left out because nothing in them can be compared: two equal completions,
+            or an empty one.
+        unwritten: answers that are not targets because the chat template does not write them, as one
+            that knows no tools leaves their calls out.
+        tools_ignored: rows whose tools the chat template does not describe.
         groups: where examples are several completions each; `trained` is then of the best ones.
         reference: log-probability of each token under a reference, where they were computed.
     """
@@ -83,6 +90,9 @@ class Examples:
     truncated: int = 0
     too_long: int = 0
     without_target: int = 0
+    incomparable: int = 0
+    unwritten: int = 0
+    tools_ignored: int = 0
     groups: Groups | None = None
     reference: Float[np.ndarray, " tokens"] | None = None
 
@@ -105,13 +115,15 @@ class Examples:
         parts = [
             f"{len(self)} examples, {len(self.tokens)} tokens, {targets.mean():.0%} trained on"
         ]
-        if self.truncated:
-            parts.append(f"{self.truncated} cut to the longest length")
-        if self.too_long:
-            parts.append(f"{self.too_long} left out as too long")
-        if self.without_target:
-            parts.append(f"{self.without_target} left out: no completion within that length")
-        return "; ".join(parts)
+        notes = {
+            "cut to the longest length": self.truncated,
+            "left out as too long": self.too_long,
+            "left out: no completion within that length": self.without_target,
+            "left out: completions that are equal, or an empty one": self.incomparable,
+            "not trained on: answers that the chat template does not write": self.unwritten,
+            "with tools that the chat template does not describe": self.tools_ignored,
+        }
+        return "; ".join([*parts, *(f"{count} {note}" for note, count in notes.items() if count)])
 
     def fingerprint(self) -> str:
         """Eight hex digits of all tokens and masks."""
@@ -136,9 +148,14 @@ def encode(
 ) -> Examples:
     """Token ids and loss masks of all rows.
 
-    A target is a token that begins inside a trained span, so a token that straddles the end of the
-    prompt is not one. The first token of a row is nobody's target. Text without a template gets the
-    tokenizer's own beginning token, if it adds one, and the end-of-sequence token as a last target.
+    A target is a token of a trained span, and no token reaches over a span's beginning or end: where the
+    tokenizer would join the prompt's last characters with the completion's first, each is tokenized by
+    itself, as generation tokenizes the prompt that it is given. The first token of a row is nobody's
+    target. Text without a template gets the tokenizer's own beginning token, if it adds one and the
+    text does not begin with it, and the end-of-sequence token as a last target.
+
+    A conversation is one example, but where its chat template writes earlier turns differently once
+    later ones follow: then each turn that is not in a later one's text is an example of its own.
 
     Args:
         source: rows; see `formats.FORMATS` for their columns.
@@ -152,19 +169,21 @@ def encode(
         ValueError: unknown columns, a row that cannot be read (by number), no target in any row.
     """
     pieces: list[tuple[np.ndarray, np.ndarray, int]] = []
-    truncated = left_out = without_target = 0
-    for start, rendered in _rendered_chunks(source, tokenizer, template):
-        for number, ids, trained in tokenized(start, rendered, tokenizer):
+    counts: Counter[str] = Counter()
+    for numbers, rendered in _rendered_chunks(source, tokenizer, template):
+        for number, text, (ids, trained) in zip(
+            numbers, rendered, tokenized(rendered, tokenizer), strict=True
+        ):
+            counts += noted(text)
             keep = at_row(number, too_long, len(ids), max_length)
             if keep is None:
-                left_out += 1
-                continue
-            if not trained[:keep].any():
-                without_target += 1
-                continue
-            truncated += keep < len(ids)
-            pieces.append((ids[:keep], trained[:keep], number))
-        progress(min(start + _CHUNK, len(source)))
+                counts["too_long"] += 1
+            elif not trained[:keep].any():
+                counts["without_target"] += 1
+            else:
+                counts["truncated"] += keep < len(ids)
+                pieces.append((ids[:keep], trained[:keep], number))
+        progress(numbers[-1] + 1)
     if not pieces:
         raise ValueError(
             f"none of the {len(source)} rows has a token to train on: every completion is empty, or "
@@ -172,56 +191,32 @@ def encode(
         )
     ids, trained, rows = zip(*pieces, strict=True)
     offsets = np.cumsum([0, *map(len, ids)])
-    counts = truncated, left_out, without_target
+    tally: dict[str, Any] = dict(counts)
     return Examples(
-        np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), *counts
+        np.concatenate(ids), np.concatenate(trained), offsets, np.asarray(rows), **tally
     )
+
+
+def noted(text: Rendered) -> Counter[str]:
+    """What `Examples` counts of a text as it was rendered."""
+    return Counter(unwritten=text.unwritten, tools_ignored=int(text.tools_ignored))
 
 
 def _rendered_chunks(
     source: Source, tokenizer: Any, template: bool
-) -> Iterator[tuple[int, list[Rendered]]]:
+) -> Iterator[tuple[list[int], list[Rendered]]]:
+    """Texts, and the number of the row that each is of, some rows at a time."""
     if not len(source):
         raise ValueError("the dataset is empty")
-    read = at_row(0, lambda: detect(list(source[0]), FORMATS))
+    read = at_row(0, lambda: supervised_reader(list(source[0])))
+
+    def texts(number: int) -> list[Rendered]:
+        return renderings(read(source[number]), tokenizer, template=template)
+
     for start in range(0, len(source), _CHUNK):
-        chunk = []
-        for number in range(start, min(start + _CHUNK, len(source))):
-            row = source[number]
-            chunk.append(
-                at_row(number, lambda row=row: render(read(row), tokenizer, template=template))
-            )
-        yield start, chunk
-
-
-def tokenized(
-    start: int, rendered: list[Rendered], tokenizer: Any
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Number, ids and mask of targets of each text, counted from `start`."""
-    encodings: list[Any] = [None] * len(rendered)
-    for plain in (True, False):
-        chosen = [i for i, r in enumerate(rendered) if r.plain == plain]
-        if chosen:
-            texts = [rendered[i].text for i in chosen]
-            batch = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=plain)
-            for i, encoding in zip(chosen, batch, strict=True):
-                encodings[i] = encoding
-    for i, (row, encoding) in enumerate(zip(rendered, encodings, strict=True)):
-        ids = np.asarray(encoding.ids, np.int32)
-        begins = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
-        trained = np.zeros(len(ids), bool)
-        for first, last in row.spans:
-            trained |= (begins >= first) & (begins < last)
-        trained &= ~np.asarray(encoding.special_tokens_mask, bool) if row.plain else True
-        if row.plain and tokenizer.eos_token_id is not None:
-            if not len(ids) or ids[-1] != tokenizer.eos_token_id:
-                ids, trained = (
-                    np.append(ids, np.int32(tokenizer.eos_token_id)),
-                    np.append(trained, True),
-                )
-            trained[-1] = True
-        trained[:1] = False
-        yield start + i, ids, trained
+        rows = range(start, min(start + _CHUNK, len(source)))
+        chunk = [(number, text) for number in rows for text in at_row(number, texts, number)]
+        yield [number for number, _ in chunk], [text for _, text in chunk]
 
 
 def at_row(number: int, f: Callable[..., Any], *args: Any) -> Any:

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from trainjax.data.messages import Message, is_trained, list_of_messages, list_of_tools
 from trainjax.data.sources import Row
 
-Message = Mapping[str, Any]
 T = TypeVar("T")
 
 
@@ -19,12 +19,19 @@ class Conversation:
     Attributes:
         messages: dicts with `role` and `content`, and what else the template reads.
         tools: tool descriptions for the template, or None.
-        only_last: train on the last message only (a completion), not on every assistant turn.
+        prompt: how many of the first messages are a prompt, whose answers are not trained on.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Any] | None = None
-    only_last: bool = False
+    prompt: int = 0
+
+    @property
+    def trained(self) -> list[int]:
+        """The messages that are trained on: the assistant's own, after the prompt, not switched off."""
+        after = range(self.prompt, len(self.messages))
+        answers = (i for i in after if self.messages[i]["role"] == "assistant")
+        return [i for i in answers if is_trained(self.messages[i])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,48 +41,49 @@ class Text:
     Attributes:
         prompt: not trained on; may be empty.
         completion: trained on.
+        messages: the same for a chat template, the completion last; by default a user's and an
+            assistant's.
         bare_prompt: the prompt where no chat template frames it, if that is another.
     """
 
     prompt: str
     completion: str
     bare_prompt: str | None = None
+    messages: Sequence[Message] = ()
 
 
 Format = Callable[[Row], Conversation | Text]
 
 
 def _messages(row: Row) -> Conversation:
-    return Conversation(list_of_messages(row["messages"]), row.get("tools"))
+    return Conversation(list_of_messages(row["messages"]), list_of_tools(row.get("tools")))
 
 
 def _conversations(row: Row) -> Conversation:
-    roles = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
-    roles |= {role: role for role in roles.values()}
-    turns = row["conversations"]
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
+    if not isinstance(row["conversations"], Sequence) or isinstance(row["conversations"], str):
         raise ValueError("`conversations` is a list of turns with `from` and `value`")
-    messages = []
-    for turn in turns:
-        if "from" not in turn or "value" not in turn:
-            raise ValueError(
-                f"a turn has `from` and `value`; this has {', '.join(turn) or 'nothing'}"
-            )
-        if turn["from"] not in roles:
-            raise ValueError(f"a turn is from {turn['from']!r}; known are {', '.join(roles)}")
-        messages.append({"role": roles[turn["from"]], "content": turn["value"]})
-    return Conversation(messages, row.get("tools"))
+    return Conversation(list_of_messages(row["conversations"]), list_of_tools(row.get("tools")))
 
 
 def completion(row: Row) -> Conversation | Text:
-    """`prompt` and `completion`, both text or both messages."""
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return Text(prompt, completion)
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise ValueError("`prompt` and `completion` are both text or both lists of messages")
-    messages = [*list_of_messages(prompt), *list_of_messages(completion)]
-    return Conversation(messages, row.get("tools"), only_last=len(completion) == 1)
+    """`prompt` and `completion`, each text or messages; the assistant's of the completion are trained.
+
+    Text beside messages is a user's in the prompt and the assistant's in the completion.
+    """
+    prompt, answer = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return Text(prompt, answer)
+    before = [] if prompt in (None, []) else _turns("prompt", prompt, "user")
+    after = _turns("completion", answer, "assistant")
+    return Conversation([*before, *after], list_of_tools(row.get("tools")), prompt=len(before))
+
+
+def _turns(name: str, value: Any, role: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, Sequence | Mapping):
+        raise ValueError(f"`{name}` is text or messages, this is {value!r:.60}")
+    return list_of_messages(value)
 
 
 def _alpaca(row: Row) -> Text:
@@ -113,19 +121,22 @@ def detect(columns: Sequence[str], formats: Mapping[tuple[str, ...], T]) -> T:
     raise ValueError(f"the columns are {', '.join(columns) or 'none'}; accepted are: {accepted}")
 
 
+def supervised_reader(columns: Sequence[str]) -> Format:
+    """The reader of rows for supervised fine-tuning with these columns.
+
+    Raises:
+        ValueError: no format fits, or the columns are a pair's, whose rejected answer nobody wants
+            to be taught.
+    """
+    if {"chosen", "rejected"} <= set(columns) and not {"messages", "completion"} & set(columns):
+        raise ValueError(
+            f"the columns are {', '.join(columns)}: rows of pairs are for `trainjax dpo` or `trainjax "
+            "reward`; supervised fine-tuning takes the chosen answer as `messages` or `completion`"
+        )
+    return detect(columns, FORMATS)
+
+
 def _string(row: Row, name: str) -> str:
     if not isinstance(row[name], str):
         raise ValueError(f"`{name}` is text, this is {row[name]!r:.60}")
     return row[name]
-
-
-def list_of_messages(value: Any) -> list[Message]:
-    """The value, if it is messages."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not len(value):
-        raise ValueError("messages are a list, not empty, of objects with `role` and `content`")
-    for message in value:
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(
-                f"a message is an object with `role` and `content`, this is {message!r:.80}"
-            )
-    return list(value)

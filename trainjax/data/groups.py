@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from trainjax.data.encode import Examples, Groups, TooLong, at_row, tokenized, truncate
+from trainjax.data.comparisons import compared, is_empty, joined
+from trainjax.data.encode import Examples, Groups, TooLong, at_row, noted, truncate
 from trainjax.data.formats import FORMATS as TEXTS
-from trainjax.data.formats import Conversation, Text, completion, detect, list_of_messages
-from trainjax.data.render import render
-from trainjax.data.sources import Row, Source
+from trainjax.data.formats import Conversation, Text, completion, detect
+from trainjax.data.render import Rendered, render
+from trainjax.data.sources import Source
+from trainjax.data.tokens import tokenized
 
 _CHUNK = 512  # rows tokenized at once: enough for the tokenizer's threads
 
@@ -38,29 +41,32 @@ class Group(NamedTuple):
     values: Mapping[str, Any] = {}
 
 
+NOTHING = Group((), None)
+"""A row in which nothing can be compared: a completion is empty, or both of a pair are the same."""
+
 Read = Callable[[Source, int], Group]
 """`(source, number) -> group`: of a row, which may look at others."""
 
 
 def pair(source: Source, number: int) -> Group:
-    """`chosen` and `rejected` with a `prompt`, or as conversations that begin alike.
+    """`chosen` and `rejected` with a `prompt`, or as conversations or texts that begin alike.
 
     A `margin` says by how much the chosen one is the better: all rows have one, or none.
     """
     row = source[number]
-    prompt, chosen, rejected = _parts(row)
-    if chosen == rejected:
-        raise ValueError(f"`chosen` and `rejected` are the same: {chosen!r:.60}")
+    prompt, chosen, rejected = compared(row)
+    if chosen == rejected or is_empty(chosen) or is_empty(rejected):
+        return NOTHING
     values = {} if row.get("margin") is None else {"margins": _number(row, "margin")}
-    return Group([_with(prompt, answer, row) for answer in (chosen, rejected)], 0, values)
+    return Group([joined(prompt, answer, row) for answer in (chosen, rejected)], 0, values)
 
 
 def single(source: Source, number: int) -> Group:
     """A text by itself, in any format of supervised fine-tuning: a group of one, to be scored."""
     row = source[number]
     read = detect(list(row), TEXTS)
-    if read is completion:
-        return Group([_with(row["prompt"], row["completion"], row)])
+    if read is completion and is_empty(row["completion"]):
+        raise ValueError(f"a completion is empty: {row['completion']!r}")
     return Group([read(row)])
 
 
@@ -68,19 +74,33 @@ def labelled(source: Source, number: int) -> Group:
     """`completion` with a `label`: true if it is desirable. Beside it, another row's completion.
 
     What another prompt's completion gains over the reference measures how far the policy has drifted
-    (KTO's baseline). It is the next row's, and the last has the first's.
+    (KTO's baseline). It is the next row's that is not empty, and the last has the first's.
     """
-    next_ = (number + 1) % len(source)
-    row, other = source[number], source[next_]
-    if not isinstance(label := row["label"], bool | np.bool_) and label not in (0, 1):
-        raise ValueError(f"`label` is true or false, this is {label!r:.60}")
-    own = _with(row["prompt"], row["completion"], row)
-    beside = at_row(next_, _with, row["prompt"], other["completion"], row)
-    return Group(
-        [own, beside],
-        0 if label else None,
-        {"labels": float(label)},
-    )
+    row = source[number]
+    label = _label(row["label"])
+    if is_empty(row["completion"]):
+        return NOTHING
+    next_ = _answered(source, number)
+    own = joined(row["prompt"], row["completion"], row)
+    beside = at_row(next_, joined, row["prompt"], source[next_]["completion"], row)
+    return Group([own, beside], 0 if label else None, {"labels": float(label)})
+
+
+def _label(value: Any) -> bool:
+    """True or false as JSON, numbers, and a spreadsheet's words have it."""
+    found = _WORDS.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool | np.bool_) and found not in (0, 1):
+        raise ValueError(f"`label` is true or false, this is {value!r:.60}")
+    return bool(found)
+
+
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _answered(source: Source, number: int) -> int:
+    """The next row after this one whose completion is not empty; this one at the latest."""
+    others = (i % len(source) for i in range(number + 1, number + 1 + len(source)))
+    return next(i for i in others if not at_row(i, lambda i=i: is_empty(source[i]["completion"])))
 
 
 def scored(source: Source, number: int) -> Group:
@@ -93,7 +113,9 @@ def scored(source: Source, number: int) -> Group:
         )
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"`scores` are finite numbers, these are {scores}")
-    made = [_with(row["prompt"], answer, row) for answer in answers]
+    if any(map(is_empty, answers)):
+        return NOTHING
+    made = [joined(row["prompt"], answer, row) for answer in answers]
     return Group(made, int(np.argmax(scores)), {"scores": scores})
 
 
@@ -130,38 +152,42 @@ def encode_groups(
         progress: called with the number of rows done.
 
     Raises:
-        ValueError: unknown columns; a row that cannot be read (by number): an empty completion, equal
-            ones in a pair, scores or margins that are not numbers, or only of some rows; no group whose
-            completions all have a token.
+        ValueError: unknown columns; a row that cannot be read (by number): scores or margins that are
+            not numbers, or only of some rows; no group whose completions all have a token.
     """
     if not len(source):
         raise ValueError("the dataset is empty")
     read = at_row(0, lambda: detect(list(source[0]), FORMATS)) if read is None else read
     made: list[_Laid] = []
-    truncated = left_out = without_target = 0
-    for number, group, answers in _tokenized(source, tokenizer, read, template, progress):
+    counts: Counter[str] = Counter()
+    for number, group, texts, answers in _tokenized(source, tokenizer, read, template, progress):
+        counts += sum(map(noted, texts), Counter())
         kept = [at_row(number, too_long, len(ids), max_length) for ids, _ in answers]
-        if None in kept:
-            left_out += 1
-            continue
         cut = [
             (ids[:keep], trained[:keep]) for (ids, trained), keep in zip(answers, kept, strict=True)
         ]
-        if not all(trained.any() for _, trained in cut):
-            without_target += 1
-            continue
-        truncated += any(
-            len(ids) < len(all_) for (ids, _), (all_, _) in zip(cut, answers, strict=True)
+        if not texts:
+            counts["incomparable"] += 1
+        elif None in kept:
+            counts["too_long"] += 1
+        elif not all(trained.any() for _, trained in cut):
+            counts["without_target"] += 1
+        else:
+            counts["truncated"] += any(
+                keep < len(ids) for (ids, _), keep in zip(answers, kept, strict=True)
+            )
+            made.append(_laid_out(cut, group, number, share_prompt))
+    if counts["incomparable"] == len(source):
+        raise ValueError(
+            f"none of the {len(source)} rows can be compared: its completions are equal, or one is empty"
         )
-        made.append(_laid_out(cut, group, number, share_prompt))
     if not made:
         raise ValueError(
             f"none of the {len(source)} rows has a token to compare in each of its completions within "
             f"max_length={max_length}"
         )
-    return dataclasses.replace(
-        _joined(made), truncated=truncated, too_long=left_out, without_target=without_target
-    )
+    tally: dict[str, Any] = dict(counts)
+    return dataclasses.replace(_joined(made), **tally)
 
 
 class _Laid(NamedTuple):
@@ -230,36 +256,25 @@ def _padded(value: Any, size: int) -> Any:
 
 def _tokenized(
     source: Source, tokenizer: Any, read: Read, template: bool, progress: Callable[[int], None]
-) -> Iterator[tuple[int, Group, list[tuple[np.ndarray, np.ndarray]]]]:
+) -> Iterator[tuple[int, Group, list[Rendered], list[tuple[np.ndarray, np.ndarray]]]]:
     for start in range(0, len(source), _CHUNK):
         numbers = range(start, min(start + _CHUNK, len(source)))
         groups = [at_row(number, read, source, number) for number in numbers]
         rendered = [
-            at_row(number, lambda one=one: render(one, tokenizer, template=template))
+            at_row(number, _rendered, group, tokenizer, template)
             for number, group in zip(numbers, groups, strict=True)
-            for one in group.completions
         ]
-        answers = ((ids, trained) for _, ids, trained in tokenized(0, rendered, tokenizer))
-        for number, group in zip(numbers, groups, strict=True):
-            yield number, group, [next(answers) for _ in group.completions]
+        answers = tokenized([text for texts in rendered for text in texts], tokenizer)
+        for number, group, texts in zip(numbers, groups, rendered, strict=True):
+            yield number, group, texts, [next(answers) for _ in texts]
         progress(numbers.stop)
 
 
-def _parts(row: Row) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected; a prompt that is not a column is what both begin with."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row:
-        return row["prompt"], chosen, rejected
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise ValueError("`chosen` and `rejected` without `prompt` are lists of messages")
-    chosen, rejected = list_of_messages(chosen), list_of_messages(rejected)
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+def _rendered(group: Group, tokenizer: Any, template: bool) -> list[Rendered]:
+    return [render(one, tokenizer, template=template) for one in group.completions]
 
 
-def _number(row: Row, name: str) -> float:
+def _number(row: Mapping[str, Any], name: str) -> float:
     value = row[name]
     try:
         number = float(value)
@@ -268,11 +283,3 @@ def _number(row: Row, name: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"`{name}` is a finite number, this is {value!r:.60}")
     return number
-
-
-def _with(prompt: Any, answer: Any, row: Row) -> Conversation | Text:
-    if not answer or (isinstance(answer, str) and not answer.strip()):
-        raise ValueError(f"a completion is empty: {answer!r}")
-    if isinstance(answer, list) and not prompt:
-        return Conversation(answer, row.get("tools"), only_last=True)
-    return completion({"prompt": prompt, "completion": answer, "tools": row.get("tools")})

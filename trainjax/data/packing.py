@@ -60,3 +60,22 @@ def unpacked(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """One example a row."""
     del capacity
     return [[item] for item in range(len(lengths))]
+
+
+def fullest(pack: Pack, lengths: Sequence[int] | np.ndarray, capacity: int) -> int:
+    """Most tokens that any row can hold, whatever the order: no need to pad it to more.
+
+    Unpacked that is the longest example. Packed it is the largest sum of some of the lengths that is at
+    most the capacity, which is the capacity itself but for small data or long examples of like length.
+
+    >>> fullest(best_fit, [68, 68], 4096), fullest(best_fit, [1500, 1400, 1500], 4096)
+    (136, 3000)
+    """
+    if pack is unpacked:
+        return int(max(lengths))
+    reachable = 1  # bit n: some of the examples so far have n tokens together
+    for length in lengths:
+        reachable |= (reachable << int(length)) & ((2 << capacity) - 1)
+        if reachable >> capacity:
+            break
+    return reachable.bit_length() - 1

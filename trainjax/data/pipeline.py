@@ -238,11 +238,11 @@ class Loader(Iterator[Batch]):
     """
 
     def __init__(self, examples: Examples, plan: Plan, mesh: Mesh | None = None) -> None:
-        from trainjax.data.stream import prefetched  # Grain comes where batches are streamed
+        from trainjax.data.stream import Prefetched  # which imports this file
 
         self.examples, self.plan, self.mesh = examples, plan, mesh
         check_length(plan.length, axes.length(mesh, "sequence"))
-        self._iterator = prefetched(examples, plan, own_rows(plan.batch_size, mesh))
+        self._iterator = Prefetched(examples, plan, own_rows(plan.batch_size, mesh))
         weakref.finalize(self, self._iterator.close)  # its thread would outlive the interpreter
 
     def __next__(self) -> Batch:

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from trainjax.data import answers
 from trainjax.data.formats import Conversation, Text
+from trainjax.data.templates import Write, has_tags, tagged, writer
 
 
 class Rendered(NamedTuple):
-    """A row as text.
+    """A row as text, or a part of it.
 
     Attributes:
         text: all of it, with the template's control tokens as text.
-        spans: the characters `[start, end)` that are trained on.
+        spans: the characters `[start, end)` that are trained on, in order.
         plain: no template made the text, so the tokenizer adds its own beginning and end tokens.
+        unwritten: answers of the row that are not trained on, as the template does not write them.
+        tools_ignored: the row has tools, and the template does not describe them.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     plain: bool
+    unwritten: int = 0
+    tools_ignored: bool = False
 
 
 def render(row: Conversation | Text, tokenizer: Any, *, template: bool = True) -> Rendered:
-    """The text of a row.
+    """The text of a row that has to be one; see `renderings`.
+
+    Raises:
+        ValueError: also a row that the template makes several texts of.
+    """
+    first, *others = renderings(row, tokenizer, template=template)
+    if others:
+        raise ValueError(
+            "the chat template writes earlier answers differently once later messages follow, so the "
+            "several answers of one completion do not stand in one text; give completions of one "
+            "answer, or use a template with {% generation %} tags"
+        )
+    return first
+
+
+def renderings(
+    row: Conversation | Text, tokenizer: Any, *, template: bool = True
+) -> list[Rendered]:
+    """The text of a row; several where a template writes earlier turns differently later on.
 
     Prompts and completions that are plain text become a user's and an assistant's message if the
     tokenizer has a chat template: what is trained is then what `generate` and `chat` will ask.
@@ -36,67 +59,49 @@ def render(row: Conversation | Text, tokenizer: Any, *, template: bool = True) -
     Raises:
         ValueError: messages without a chat template, or that the template refuses.
     """
-    if isinstance(row, Text):
-        if not row.prompt or not template or tokenizer.chat_template is None:
-            prompt = row.prompt if row.bare_prompt is None else row.bare_prompt
-            text = prompt + row.completion
-            return Rendered(text, ((len(prompt), len(text)),), plain=True)
-        user = {"role": "user", "content": row.prompt}
-        row = Conversation([user, {"role": "assistant", "content": row.completion}], only_last=True)
-    return _conversation(row, tokenizer)
+    if isinstance(row, Conversation):
+        return _conversation(row, tokenizer)
+    if not row.prompt or not template or tokenizer.chat_template is None:
+        prompt = row.prompt if row.bare_prompt is None else row.bare_prompt
+        text = prompt + row.completion
+        return [Rendered(text, ((len(prompt), len(text)),), plain=True)]
+    user = {"role": "user", "content": row.prompt}
+    messages = row.messages or [user, {"role": "assistant", "content": row.completion}]
+    return _conversation(Conversation(messages, prompt=len(messages) - 1), tokenizer)
 
 
-def _conversation(row: Conversation, tokenizer: Any) -> Rendered:
-    text = apply_template(tokenizer, row.messages, row.tools)
+def _conversation(row: Conversation, tokenizer: Any) -> list[Rendered]:
+    write = writer(tokenizer, row.messages, row.tools)
+    if has_tags(tokenizer, row.tools):
+        texts, unwritten = _tagged(row, tokenizer, write)
+    else:
+        end = tokenizer.eos_token or ""
+        texts, unwritten = answers.answered(write, row.messages, row.trained, end)
+    first, *others = [Rendered(text, spans, plain=False) for text, spans in texts]
+    ignored = _ignores_tools(row, tokenizer, write)
+    return [first._replace(unwritten=unwritten, tools_ignored=ignored), *others]
+
+
+def _ignores_tools(row: Conversation, tokenizer: Any, write: Write) -> bool:
+    if row.tools is None:
+        return False
+    return writer(tokenizer, row.messages, None)(row.messages) == write(row.messages)
+
+
+def _tagged(row: Conversation, tokenizer: Any, write: Write) -> tuple[list[answers.Answered], int]:
+    """What the template itself says is the assistant's, of the turns that are trained on."""
+    text, spans = tagged(tokenizer, row.messages, row.tools)
     turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-    if row.only_last:
-        turns = [len(row.messages) - 1]
-    spans = tuple(_span(tokenizer, text, row, i) for i in turns)
-    return Rendered(text, spans, plain=False)
-
-
-def _span(tokenizer: Any, text: str, row: Conversation, turn: int) -> tuple[int, int]:
-    """Where a turn's answer stands: after the prompt that generation would give, to the turn's end."""
-    end_text = apply_template(tokenizer, row.messages[: turn + 1], row.tools)
-    if turn == 0:  # no template renders an empty conversation alike: the answer begins at its text
-        return text.index(str(row.messages[0]["content"])), len(end_text)
-    start_text = apply_template(tokenizer, row.messages[:turn], row.tools, generation=True)
-    if not text.startswith(end_text) or not end_text.startswith(start_text):
+    ends = list(range(1, len(turns) + 1))
+    if len(spans) != len(turns):  # several tags in a turn, or none: how many up to each
+        ends = [len(tagged(tokenizer, row.messages[: i + 1], row.tools)[1]) for i in turns]
+    if sorted(ends) != ends or (ends or [0])[-1] != len(spans):
         raise ValueError(
-            "the chat template writes earlier turns differently once later ones follow, so the "
-            f"answer of message {turn} cannot be found in the text; train on its last turn alone "
-            "with `prompt` and `completion` columns"
+            f"the {{% generation %}} tags of the chat template mark {len(spans)} places in "
+            f"{len(turns)} answers, and not turn by turn; put one pair of tags around each answer"
         )
-    return len(start_text), len(end_text)
-
-
-def apply_template(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None = None,
-    *,
-    generation: bool = False,
-) -> str:
-    """The text of a conversation, with the template's control tokens as text.
-
-    Args:
-        tokenizer: a `PreTrainedTokenizerFast`.
-        messages: of a conversation, oldest first.
-        tools: that the template may describe.
-        generation: end with the beginning of an assistant's answer.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or one that refuses the messages.
-    """
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template, so messages cannot be written; use plain text"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation
-        )
-    except (TemplateError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    of_turn = {turn: spans[a:b] for turn, a, b in zip(turns, [0, *ends], ends, strict=False)}
+    said = {turn: "".join(text[a:b] for a, b in of_turn[turn]) for turn in row.trained}
+    kept = [t for t in row.trained if answers.is_written(write, row.messages, t, said[t])]
+    found = tuple(span for turn in kept for span in of_turn[turn])
+    return [answers.Answered(text, found)], len(row.trained) - len(kept)

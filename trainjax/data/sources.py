@@ -1,4 +1,4 @@
-"""Where rows come from: files, Hugging Face `datasets`, TFDS, and any Grain source.
+"""Sources of rows by name: files, Hugging Face `datasets`, TFDS, and any Grain source.
 
 A source is anything with `len` and `[index]` that gives a dict: a list, a `datasets.Dataset`, a
 `grain.sources` data source, what `tfds.data_source` returns. `read` opens the ones that have a name.
@@ -6,19 +6,16 @@ A source is anything with `len` and `[index]` that gives a dict: a list, a `data
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-from collections.abc import Iterator, Mapping
+import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from trainjax.data.files import OnUnreadable, Row, read_file, refused, without_filled
 from trainjax.retries import retried
-
-Row = Mapping[str, Any]
 
 
 @runtime_checkable
@@ -30,130 +27,91 @@ class Source(Protocol):
     def __getitem__(self, index: Any) -> Row: ...
 
 
-def read(name: str | Path) -> Source:
+def read(name: str | Path, unreadable: OnUnreadable = refused) -> Source:
     """The rows of a file or a named dataset.
 
+    Text is read as UTF-8, with or without a byte-order mark. Half a surrogate pair in JSON becomes U+FFFD.
+    What Arrow fills in (Parquet, `datasets`) is taken out again: see `files.without_filled`.
+
     Args:
-        name: a `.jsonl` or `.json` file (plain, `.gz` or `.zst`), a `.parquet` or `.csv` file, a folder
-            saved by `datasets`, `hf:NAME[:SPLIT]` or `tfds:NAME[:SPLIT]` (split `train` by default).
+        name: a `.jsonl`, `.json`, `.csv` or `.tsv` file (plain, `.gz` or `.zst`), a `.parquet` file, or a
+            folder saved by `datasets`. `hf:NAME[/CONFIG][@REVISION][:SPLIT]` is a dataset of the hub or a
+            folder that `datasets.load_dataset` reads, `tfds:NAME[/CONFIG][:VERSION][:SPLIT]` one of TFDS.
+            A split may be a part or a sum, `train[:10%]+test`; it is `train` if not given.
+        unreadable: what becomes of a line that is no row; by default it is an error.
 
     Raises:
-        ValueError: no such file, an ending that is not known, a line that is not a JSON object.
+        ValueError: no such file or dataset, an ending that is not known, a line that is not a row.
     """
     text = str(name)
     if text.startswith("hf:"):
-        return _hugging_face(*_split_name(text))
+        return _hugging_face(text)
     if text.startswith("tfds:"):
-        return _TfdsRows(*_split_name(text))
+        return _tfds(text)
     path = Path(name).expanduser()
     if path.is_dir():
         return _saved_dataset(path)
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
-    rows = retried(_read_file, path)
+    rows = retried(read_file, path, unreadable)
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
 
 
-def _read_file(path: Path) -> list[Row]:
-    endings = [suffix.lower() for suffix in path.suffixes]
-    kind = endings[-2] if endings[-1:] and endings[-1] in (".gz", ".zst") and endings[:-1] else None
-    kind = kind or (endings[-1] if endings else "")
-    if kind == ".parquet":
-        return _parquet(path)
-    if kind not in (".jsonl", ".ndjson", ".json", ".csv"):
-        raise ValueError(
-            f"{path}: cannot tell its format; a file ends in .jsonl, .json, .csv (also .gz or .zst) "
-            "or .parquet"
-        )
+_PART = r"[A-Za-z_]\w*(?:\.\w+)*(?:\[[^\]]*\])?"  # train, train[:10], train[10%:20%]
+_SPLIT = re.compile(rf"(?P<name>.*?)(?::(?P<split>{_PART}(?:\+{_PART})*))?", re.DOTALL)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """What follows `hf:` or `tfds:`, and the split.
+
+    >>> _named("hf:owner/name/main@v2:train[:10%]+test")
+    ('owner/name/main@v2', 'train[:10%]+test')
+    """
+    name, split = _SPLIT.fullmatch(text.partition(":")[2]).group("name", "split")  # type: ignore[union-attr]
+    if not name:
+        raise ValueError(f"{text!r} names no dataset; hf:openai/gsm8k/main:train[:100] is one")
+    return name, split or "train"
+
+
+def _hugging_face(text: str) -> Source:
+    name, split = _named(text)
+    repository, config, revision = _repository(name)
+    datasets = _datasets()
     try:
-        with _opened(path) as file:
-            if kind == ".csv":
-                return list(csv.DictReader(file))
-            return list(_json_rows(path, file, one_array=kind == ".json"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        rows = datasets.load_dataset(repository, config, split=split, revision=revision)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{text}: {_one_line(error)}") from error
+    return _ArrowRows(rows)
 
 
-def _opened(path: Path) -> io.TextIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise ValueError(
-                f"{path} needs the package zstandard: pip install zstandard"
-            ) from error
-        return zstandard.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+def _repository(name: str) -> tuple[str, str | None, str | None]:
+    """A dataset of the hub or a folder, the name of its configuration, its revision.
 
-
-def _json_rows(path: Path, file: io.TextIOBase, *, one_array: bool) -> Iterator[Row]:
-    if one_array:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-        file.seek(0)
-        if start == "[":
-            yield from _checked_array(path, file)
-            return
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number}: a row is an object, this is a {type(row).__name__}"
-            )
-        yield row
-
-
-def _checked_array(path: Path, file: io.TextIOBase) -> list[Row]:
-    try:
-        rows = json.load(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error}") from error
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, item {number}: a row is an object, this is a {type(row).__name__}"
-            )
-    return rows
-
-
-def _parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _split_name(text: str) -> tuple[str, str]:
-    _, name, *split = text.split(":")
-    return name, split[0] if split else "train"
-
-
-def _hugging_face(name: str, split: str) -> Source:
-    return _datasets().load_dataset(name, split=split)
+    >>> _repository("openai/gsm8k/main@v1"), _repository("squad")
+    (('openai/gsm8k', 'main', 'v1'), ('squad', None, None))
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder), None, None
+    if folder.parent != Path() and folder.parent.is_dir():
+        return str(folder.parent), folder.name, None
+    name, _, revision = name.partition("@")
+    parts = name.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:]) or None, revision or None
 
 
 def _saved_dataset(path: Path) -> Source:
-    dataset = _datasets().load_from_disk(str(path))
+    try:
+        dataset = _datasets().load_from_disk(str(path))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
     if isinstance(dataset, dict):
         if "train" not in dataset:
             raise ValueError(f"{path} has the splits {', '.join(dataset)}; give the folder of one")
         dataset = dataset["train"]
-    return dataset
+    return _ArrowRows(dataset)
 
 
 def _datasets() -> Any:
@@ -164,22 +122,48 @@ def _datasets() -> Any:
     return datasets
 
 
-class _TfdsRows:
-    """A TFDS split through its array_record data source, which needs no TensorFlow."""
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
-    def __init__(self, name: str, split: str) -> None:
-        import tensorflow_datasets as tfds
 
-        if Path(name).is_dir():
-            self._rows = tfds.builder_from_directory(name).as_data_source(split)
-        else:
-            self._rows = tfds.data_source(name, split=split)
+@dataclasses.dataclass(frozen=True)
+class _ArrowRows:
+    """Rows of `datasets`, without what Arrow filled in."""
+
+    rows: Any
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: Any) -> Row:
-        return _plain(self._rows[index])
+        return without_filled(self.rows[index])
+
+
+def _tfds(text: str) -> Source:
+    """A split of TFDS through its array_record data source, which needs no TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    name, split = _named(text)
+    folder = Path(name).expanduser()
+    try:
+        if folder.is_dir():
+            return _TfdsRows(tfds.builder_from_directory(folder).as_data_source(split))
+        return _TfdsRows(tfds.data_source(name, split=split))
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{text}: {_one_line(error)}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _TfdsRows:
+    """Rows of TFDS, as JSON has them."""
+
+    rows: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Row:
+        return _plain(self.rows[index])
 
 
 def _plain(value: Any) -> Any:

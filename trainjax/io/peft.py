@@ -53,7 +53,7 @@ def read(path: Path) -> tuple[PeftFiles, str | None]:
     if not (path / _TENSORS).is_file():
         raise ValueError(f"{path} has no {_TENSORS} (adapters in pickle files are never loaded)")
     try:
-        fields = json.loads((path / _CONFIG).read_text())
+        fields = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
         with safe_open(path / _TENSORS, framework="np", backend="pread") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

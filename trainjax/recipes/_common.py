@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import inspect
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +17,11 @@ import jax.numpy as jnp
 import yaml
 
 from trainjax import data, models, parallel, peft, quant, rollout
+from trainjax.data import files
 from trainjax.models import Model, load
 from trainjax.nn import remat
+from trainjax.recipes import Prose
+from trainjax.text import whole
 from trainjax.types import Params, Peft
 
 DTYPES: Mapping[str, Any] = {
@@ -25,6 +30,7 @@ DTYPES: Mapping[str, Any] = {
     "float16": jnp.float16,
 }
 PACKING: Mapping[str, data.Pack] = {"best-fit": data.best_fit, "none": data.unpacked}
+BAD_ROWS: Mapping[str, files.OnUnreadable] = {"error": files.refused, "drop": files.kept}
 TOO_LONG = {"truncate": data.truncate, "drop": data.drop, "error": data.refuse}
 REMAT = {
     "full": remat.full,
@@ -45,6 +51,7 @@ WEIGHTS = {"token": data.token_mean, "sequence": data.sequence_mean}
 DtypeName = Literal["float32", "bfloat16", "float16"]
 ParamDtypeName = Literal["float32", "bfloat16"]
 PackingName = Literal["best-fit", "none"]
+BadRowsName = Literal["error", "drop"]
 TooLongName = Literal["truncate", "drop", "error"]
 RematName = Literal["full", "attention", "projections", "offloaded", "none"]
 BaseFormatName = Literal["nf4", "nf4-single", "int8", "fp8", "stored"]
@@ -87,7 +94,8 @@ class PeftConfig:
     alpha: float | None = None
     """Numerator of its scale, alpha / rank (lora 32)."""
     target: str | None = None
-    """Regex of the matrices that get one, over names such as layers/attention/query/kernel."""
+    """Regex of the matrices that get one, over names such as layers/attention/query/kernel; also
+    q_proj,v_proj and all-linear."""
     dropout: float | None = None
     """On the update's input, in training (0)."""
     rslora: bool = False
@@ -154,11 +162,38 @@ class PeftConfig:
                 )
         if missing := [name for name in needed if name not in given]:
             raise ValueError(f"{self.name} needs --peft.{missing[0]}")
+        if "target" in given:
+            given["target"] = target(given["target"])
         return known | given
 
     def resolved(self) -> PeftConfig:
         """The same with the method's defaults written out: what a run is known by."""
         return PeftConfig(name=self.name, **self.settings())
+
+
+_MODULES = {
+    "all-linear": peft.ALL_LINEAR,
+    "q_proj": "attention/query/",
+    "k_proj": "attention/key/",
+    "v_proj": "attention/value/",
+    "o_proj": "attention/output/",
+    "gate_proj": "mlp/gate/",
+    "up_proj": "mlp/up/",
+    "down_proj": "mlp/down/",
+}
+"""Names of matrices in transformers and PEFT, and the regexes that they stand for here."""
+
+
+def target(text: str) -> str:
+    """The regex of a target, which may be or hold names that other libraries have.
+
+    >>> target("q_proj,v_proj"), target("all-linear"), target("(q|k)_proj"), target("query|v_proj")
+    ('attention/query/|attention/value/', '^layers/', '(q|k)_proj', 'query|attention/value/')
+    """
+    words = re.split(r"[,\s]+", text)
+    if all(word in _MODULES for word in words):
+        return "|".join(_MODULES[word] for word in words)
+    return re.sub(r"\w+", lambda word: _MODULES.get(word[0], word[0]), text)
 
 
 _UNSET = {field.name: field.default for field in dataclasses.fields(PeftConfig)}
@@ -195,7 +230,7 @@ class AnswerConfig:
     """A hub id, a folder, a .gguf file, or a name that `trainjax fetch` knows."""
     adapter: Path | None = None
     """An adapter's folder in PEFT's format, or the folder of the run that made it."""
-    system: str | None = None
+    system: Prose | None = None
     """System message; by default what the chat template has."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
@@ -207,7 +242,7 @@ class AnswerConfig:
     """Draw from the fewest most probable tokens with this share of the probability."""
     min_p: float | None = None
     """Draw from tokens with at least this share of the top token's probability."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Prose, ...] = ()
     """Strings that end the answer."""
     seed: int = 0
     """Of the sampling."""
@@ -222,8 +257,9 @@ class AnswerConfig:
 
     def messages(self, *said: str) -> list[dict[str, str]]:
         """The beginning of a conversation: the system message, if any, and what the user said."""
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, *({"role": "user", "content": text} for text in said)]
+        system = [] if self.system is None else [("system", self.system)]
+        turns = [*system, *(("user", text) for text in said)]
+        return [{"role": role, "content": whole(text)} for role, text in turns]
 
 
 def load_model(
@@ -273,13 +309,26 @@ def load_scorer(
 def save_config(config: Any, path: Path) -> None:
     """Writes a recipe's settings, all of them, as YAML that `--config` reads back."""
     if parallel.is_first():
-        path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+        text = yaml.safe_dump(
+            plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True
+        )
+        path.write_text(text, encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Settings as YAML and JSON have them: paths as text."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Puts the name of rows before what is wrong with them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def versions() -> dict[str, str]:

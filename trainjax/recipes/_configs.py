@@ -6,11 +6,15 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from trainjax import data, losses, optim, train
+from trainjax import data, optim, train
+from trainjax.io.hub import read_config
 from trainjax.models import Model
-from trainjax.policies import policy
+from trainjax.models._model import abstract_params, family
+from trainjax.nn import Decoder
 from trainjax.recipes import _common as common
 from trainjax.recipes._common import MeshConfig, PeftConfig
 from trainjax.recipes._optim import OptimConfig, ScheduleConfig
@@ -59,6 +63,8 @@ class StepConfig:
     """Several examples a row, or one."""
     too_long: common.TooLongName = "truncate"
     """What happens to an example longer than --max-length."""
+    bad_rows: common.BadRowsName = "error"
+    """What happens to a row that cannot be read: the run ends, or it is left out, into OUT/dropped.jsonl."""
     template: bool = True
     """Put plain prompts and completions into the chat template."""
     remat: common.RematName = "projections"
@@ -73,7 +79,7 @@ class StepConfig:
     wandb: str | None = None
     """Project to log to, if Weights & Biases is installed."""
 
-    def adapter(self) -> Peft | None:
+    def peft_method(self) -> Peft | None:
         """The adapter's functions; None where every weight trains."""
         return None if self.full else self.peft.method()
 
@@ -81,9 +87,10 @@ class StepConfig:
         """The learning rate at each of so many steps."""
         return self.schedule.schedule(self.learning_rate, steps, self.warmup)
 
-    def optimizer(self, steps: int, model: Model) -> optax.GradientTransformation:
-        """Of so many steps, with the method's own part and what the dtypes need around it."""
-        method = self.adapter()
+    def optimizer(
+        self, steps: int, model: Model, method: Peft | None
+    ) -> optax.GradientTransformation:
+        """The optimizer of so many steps, with the method's own part and what the dtypes need around it."""
         some = None if method is None or method.layers is None else method.layers(model.params)
         tx = self.optim.chain(self.rates(steps), self.weight_decay, self.clip, some)
         if method is not None and method.transform is not None:
@@ -99,7 +106,7 @@ class StepConfig:
 
         Args:
             tx: `optimizer(...)`.
-            curvature: for optimizers that ask for it, as `drawn` gives it; None where the job's loss is
+            curvature: `losses.drawn(policy)` for optimizers that ask for it; None where the job's loss is
                 not the likelihood of tokens.
 
         Raises:
@@ -111,13 +118,20 @@ class StepConfig:
         self.optim.refuse_curvature()
         return step
 
-    def drawn(self, model: Model) -> Loss:
-        """The `curvature` of supervised fine-tuning."""
-        return losses.drawn(policy(model, self.adapter()))
-
     def plan(self, length: int) -> data.Plan:
         """How examples become batches of rows of this length."""
         return data.Plan(self.batch_size, length, common.PACKING[self.packing], self.seed)
+
+    def check_method(self) -> None:
+        """Tries the adapter on the shapes of the model alone, before anything large is read.
+
+        Raises:
+            ValueError: a target that no matrix has, a rank above a matrix's sides.
+        """
+        if (method := self.peft_method()) is not None:
+            hf = read_config(self.model)
+            params = abstract_params(Decoder(family(hf).config(hf), jnp.dtype(jnp.float32)))
+            jax.eval_shape(method.init, jax.random.key(0), params)
 
     def load(self) -> Model:
         """The model, over all devices.
@@ -130,6 +144,7 @@ class StepConfig:
                 f"--full trains every weight, and --base-format {self.base_format} freezes them in few "
                 "bits; leave one of the two out"
             )
+        common.say(f"loading {self.model} ...")
         model = common.load_model(
             self.model,
             dtype=self.dtype,
@@ -147,7 +162,11 @@ class TrainConfig(StepConfig):
     """The settings of a run on one dataset."""
 
     data: str
-    """Rows: a .jsonl, .json, .csv or .parquet file, hf:NAME[:SPLIT] or tfds:NAME[:SPLIT]."""
+    """Rows: a .jsonl, .json, .csv, .parquet file, hf:NAME[/CONFIG][@REVISION][:SPLIT], tfds:NAME[:SPLIT]."""
+    adapter: Path | None = None
+    """Go on with this adapter: its folder in PEFT's format, or that of the run that made it."""
+    other_base: bool = False
+    """Accept an --adapter that was trained on another base of the same shape."""
     eval_data: str | None = None
     """Held-out rows; their loss is reported."""
     save_every: int = 0

@@ -16,13 +16,15 @@ from jaxtyping import Array
 
 from trainjax import data, evals, losses, models, platform, train, tree
 from trainjax.continual import Method
-from trainjax.data.sources import Row
+from trainjax.data.files import OnUnreadable, Row, refused
 from trainjax.models import Model
 from trainjax.policies import Policy
 from trainjax.recipes import _common as common
-from trainjax.recipes import _training as training
+from trainjax.recipes import _run_folder as run_folder
 from trainjax.recipes._configs import StepConfig
 from trainjax.recipes._forgetting import ACCURACY, EXACT, LOSS, Scores
+from trainjax.recipes._rows import checking, kept
+from trainjax.recipes._rows import encode as encode_rows
 from trainjax.train.metrics import Record, Sink
 from trainjax.types import Batch, Loss, Params
 
@@ -33,7 +35,7 @@ class Settings(StepConfig):
 
     def untrained(self, model: Model, number: int) -> Params:
         """The params before any training; adapters of other stages start elsewhere."""
-        method = self.adapter()
+        method = self.peft_method()
         if method is None:
             return tree.cast(model.params, jnp.float32)
         return method.init(jax.random.key(self.seed + number), model.params)
@@ -62,13 +64,16 @@ class Task(NamedTuple):
 
 
 def read_tasks(
-    flags: Sequence[str], held_out_flags: Sequence[str]
+    flags: Sequence[str],
+    held_out_flags: Sequence[str],
+    unreadable: OnUnreadable = refused,
 ) -> tuple[list[Task], list[Task]]:
     """The tasks to learn, and the held-out rows of the same; the tasks themselves if there are none.
 
     Args:
         flags: each a source, named after its file, or NAME=SOURCE.
         held_out_flags: the same for held-out rows, of equal names in the same order; or empty.
+        unreadable: what becomes of a line that is no row.
 
     Raises:
         ValueError: fewer than two tasks, two of one name, names that do not match, a source that
@@ -87,10 +92,23 @@ def read_tasks(
             f"{', '.join(name for name, _ in others)}; name them alike, in the same order, with "
             "NAME=FILE where a file is called otherwise"
         )
-    tasks = [Task(name, source, data.read(source)) for name, source in named]
+    tasks = [Task(name, source, data.read(source, unreadable)) for name, source in named]
     if others is named:
         return tasks, tasks
-    return tasks, [Task(name, source, data.read(source)) for name, source in others]
+    return tasks, [Task(name, source, data.read(source, unreadable)) for name, source in others]
+
+
+def sound_tasks(settings: Settings, model: Model, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks without the rows that cannot be read, where `--bad-rows drop` asks for it."""
+    dropped = settings.out / "dropped.jsonl"
+
+    def sound(task: Task) -> Task:
+        check = checking(None, model.tokenizer, settings.template)
+        with common.naming(task.source):
+            rows, _ = kept(settings.bad_rows, task.source, task.rows, check, dropped)
+        return task._replace(rows=rows)
+
+    return [sound(task) for task in tasks]
 
 
 def _split(flag: str) -> tuple[str, str]:
@@ -157,7 +175,7 @@ def encoded(settings: Settings, model: Model, tasks: Sequence[Task]) -> list[dat
     Raises:
         ValueError: rows that cannot be read, with the name of their file.
     """
-    return [training.encode(settings, t.source, t.rows, model) for t in tasks]
+    return [encode_rows(settings, t.source, t.rows, model) for t in tasks]
 
 
 def single_examples(
@@ -252,9 +270,8 @@ def sinks(settings: Settings, stages: Sequence[Stage], number: int) -> Iterator[
 
         return tell
 
-    logs = settings.tensorboard, settings.wandb
-    with training.sinks(settings.out, steps, before, *logs) as to:
-        yield [numbered(sink) for sink in to]
+    with run_folder.sinks(settings, steps, before) as told:
+        yield [numbered(sink) for sink in told.sinks]
 
 
 class Kept(NamedTuple):
@@ -304,7 +321,7 @@ def _state(kept: Kept) -> train.TrainState:
 
 def same_run(settings: Settings, model: Model, stages: Sequence[Stage]) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run, as JSON has it."""
-    apart = {"out", "resume", "mesh", "remat", "tensorboard", "wandb", "model"}
+    apart = {"out", "resume", "mesh", "remat", "tensorboard", "wandb", "model", "bad_rows"}
     found: dict[str, Any] = {}
     resolved = dataclasses.replace(settings, peft=settings.peft.resolved())
     for name, value in dataclasses.asdict(resolved).items():

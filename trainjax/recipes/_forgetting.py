@@ -66,7 +66,8 @@ def write(report: Report, path: Path) -> None:
     matrices = {name: [list(scores[name]) for scores in after] for name in before}
     found = report._asdict() | {"score": report.score, "untrained": before, "scores": matrices}
     with folder.replaced(path) as temporary:
-        temporary.write_text(json.dumps(found | {"measures": report.measures()}, indent=1) + "\n")
+        content = json.dumps(found | {"measures": report.measures()}, indent=1)
+        temporary.write_text(content + "\n", encoding="utf-8")
 
 
 def show(report: Report) -> None:

@@ -125,7 +125,7 @@ def run_elsewhere(config: Any, count: int) -> None:
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in flags if "host_platform_device_count" not in flag]
     environment = {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "NPROC": str(4 * count)}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml") as file:
         common.save_config(config, Path(file.name))
         command = [sys.executable, "-m", "trainjax.cli", "plan", "--config", file.name]
         done = subprocess.run(
@@ -148,7 +148,7 @@ def this_machine(settings: StepConfig) -> Device:
     speed = 2 * source.nbytes / (time.perf_counter() - start)
     share = jax.device_count()
     flops = (metrics.peak_flops(compute) or 0.0) / share
-    return Device("cpu", flops, memory / share, speed / share, speed / share, 1e9, share)
+    return Device("cpu", "cpu", flops, memory / share, speed / share, speed / share, 1e9, share)
 
 
 SHORTEST = 1024

@@ -19,6 +19,7 @@ from trainjax.nn import Decoder
 from trainjax.policies import policy
 from trainjax.recipes import _common as common
 from trainjax.recipes._configs import StepConfig
+from trainjax.recipes._layouts import like_matrix
 from trainjax.recipes._training import with_penalty
 from trainjax.train.step import lowered
 
@@ -56,7 +57,7 @@ def stored_dtype(hf: Mapping[str, Any], settings: StepConfig) -> common.DtypeNam
 
 def abstract_state(settings: StepConfig, model: Model, tx: Any) -> train.TrainState:
     """The state before the first step, laid out over the devices as `train.init` lays it out."""
-    mesh, method = model.module.mesh, settings.adapter()
+    mesh, method = model.module.mesh, settings.peft_method()
     assert mesh is not None  # a plan always has one
     whole = NamedSharding(mesh, PartitionSpec())
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -64,7 +65,9 @@ def abstract_state(settings: StepConfig, model: Model, tx: Any) -> train.TrainSt
     narrow = jnp.dtype(common.DTYPES[settings.param_dtype])
     params = jax.eval_shape(lambda p: tree.cast(tree.cast(p, jnp.float32), narrow), params)
     base = tree.flatten(model.params)
-    params = tree.map_named(lambda name, x: _with_layout(x, _like(name, x, base, whole)), params)
+    params = tree.map_named(
+        lambda name, x: _with_layout(x, like_matrix(name, x, base, whole)), params
+    )
     trained = tree.trainable(params)
     layouts = {name: x for name, x in tree.flatten(trained).items() if x is not None}
 
@@ -77,29 +80,6 @@ def abstract_state(settings: StepConfig, model: Model, tx: Any) -> train.TrainSt
     opt_state = jax.tree_util.tree_map_with_path(slot, jax.eval_shape(tx.init, trained))
     step: Any = _with_layout(jax.ShapeDtypeStruct((), jnp.int32), whole)
     return train.TrainState(step, params, opt_state, _with_layout(key, whole))
-
-
-def _like(name: str, x: Any, base: Mapping[str, Any], whole: NamedSharding) -> NamedSharding:
-    """The layout of what trains: its own, or of an adapter's part that of its matrix's sides."""
-    path = name.split("/")
-    prefixes = ("/".join(path[:length]) for length in range(len(path), 0, -1))
-    of = next((prefix for prefix in prefixes if prefix in base), None)
-    matrix = None if of is None else base[of]
-    if matrix is None or not isinstance(matrix.sharding, NamedSharding):
-        return whole
-    if of == name:  # the leaf itself, or some layers of it
-        return matrix.sharding
-    *stack, fan_in, fan_out = matrix.shape
-    spec = tuple(matrix.sharding.spec) + (None,) * len(matrix.shape)
-    rows, columns = spec[len(stack)], spec[len(stack) + 1]
-    sides = x.shape[len(stack) :]
-    if len(sides) == 2 and sides[0] == fan_in:
-        last = (rows, None)
-    elif sides and sides[-1] == fan_out:
-        last = (*(None,) * (len(sides) - 1), columns)
-    else:
-        return whole
-    return NamedSharding(whole.mesh, PartitionSpec(*spec[: len(stack)], *last))
 
 
 def _with_layout(x: Any, layout: NamedSharding) -> Any:
@@ -143,7 +123,7 @@ class Program:
         Args:
             fast: leave out what makes machine code fast and changes neither memory nor collectives.
         """
-        method, step = self.settings.adapter(), train.make_step
+        method, step = self.settings.peft_method(), train.make_step
         own = policy(self.model, method)
         loss = with_penalty(losses.sft(own), own)
         run = step(
@@ -166,5 +146,5 @@ _FAST: dict[str, Any] = {
 def program(hf: Mapping[str, Any], settings: StepConfig, mesh: Mesh, *, compute: Any) -> Program:
     """The job's step on a model, with shapes in the place of arrays."""
     model = abstract_model(hf, settings, mesh, compute=compute)
-    tx = settings.optimizer(1000, model)
+    tx = settings.optimizer(1000, model, settings.peft_method())
     return Program(settings, model, abstract_state(settings, model, tx), tx)

@@ -14,6 +14,7 @@ from trainjax.recipes import _common as common
 from trainjax.recipes import _training as training
 from trainjax.recipes._common import say
 from trainjax.recipes._configs import TrainConfig
+from trainjax.recipes._start import Start
 from trainjax.types import Loss
 
 
@@ -26,7 +27,7 @@ class PreferenceConfig(TrainConfig):
     learning_rate: float = 5e-5
     """Peak of the schedule: linear warm-up, then a cosine to zero."""
     reference: str | None = None
-    """Another model as the reference; by default --model as it is before training."""
+    """Another model as the reference; by default --model, with --adapter, as it is before training."""
     cache_reference: bool = False
     """Compute the reference's log-probabilities once and keep them in a file beside the data."""
 
@@ -35,7 +36,7 @@ LossOf = Callable[[Any, Any], Loss]
 """`(policy, reference) -> loss`."""
 
 
-def run(config: PreferenceConfig, loss_of: LossOf, read: Callable[..., data.Group]) -> None:
+def run(config: PreferenceConfig, loss_of: LossOf, read: data.Read) -> None:
     """Trains on groups of completions.
 
     Args:
@@ -49,16 +50,20 @@ def run(config: PreferenceConfig, loss_of: LossOf, read: Callable[..., data.Grou
     loss_of(None, None)  # refuses a wrong number before anything is read
     other = functools.cache(functools.partial(_other_model, config))
 
-    def base(model: Model) -> Model:
-        return model if config.reference is None else _with_same_tokens(other(), model)
+    def reference(start: Start) -> Start:
+        if config.reference is None:
+            return start
+        return Start(_with_same_tokens(other(), start.model), None)
 
-    def loss(model: Model) -> Loss:
+    def loss(start: Start) -> Loss:
         cached = config.cache_reference
-        theirs = policies.CachedReference() if cached else policies.reference(base(model))
-        return loss_of(policies.policy(model, config.adapter()), theirs)
+        theirs = policies.CachedReference() if cached else reference(start).reference()
+        return loss_of(start.policy(), theirs)
 
-    def prepare(model: Model, name: str, examples: data.Examples) -> data.Examples:
-        return _cached(config, base(model), name, examples) if config.cache_reference else examples
+    def prepare(start: Start, name: str, examples: data.Examples) -> data.Examples:
+        if not config.cache_reference:
+            return examples
+        return _cached(config, reference(start), name, examples)
 
     training.run(
         config,
@@ -89,10 +94,12 @@ def _with_same_tokens(reference: Model, model: Model) -> Model:
 
 
 def _cached(
-    config: PreferenceConfig, reference: Model, name: str, examples: data.Examples
+    config: PreferenceConfig, reference: Start, name: str, examples: data.Examples
 ) -> data.Examples:
     """The examples with the reference's log-probabilities: from their file, or computed and saved."""
-    weights = f"{reference.fingerprint}-{reference.module.dtype}"
+    weights = f"{reference.model.fingerprint}-{reference.model.module.dtype}"
+    if reference.loaded is not None:
+        weights += f"-{reference.fingerprint()}"
     if config.base_format is not None:  # the fingerprint is of the weights before
         weights += f"-{config.base_format}"
     path = _beside(name, config.out)
@@ -100,7 +107,7 @@ def _cached(
         say(f"the reference's log-probabilities are in {path}")
         return data.load_reference(path, examples, weights)
     say(f"computing the reference's log-probabilities, for {path} ...")
-    logprobs = policies.reference_logprobs(policies.reference(reference))
+    logprobs = policies.reference_logprobs(reference.reference())
     mesh = config.mesh.mesh()
     examples = data.with_reference(examples, logprobs, batch_size=config.batch_size, mesh=mesh)
     if parallel.is_first():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import sys
 from typing import Any
 
 import jax
 
 from trainjax import models, rollout
 from trainjax.recipes import _common as common
+from trainjax.text import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,8 @@ def main(config: Config) -> None:
         adapter=config.adapter,
         base_format=config.base_format,
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 end no conversation
+        sys.stdin.reconfigure(errors="replace")
     common.say(f"{config.model}: /reset forgets the conversation, /exit or Ctrl-D ends it")
     key, messages = jax.random.key(config.seed), config.messages()
     while (said := _asked()) not in (None, "/exit"):
@@ -43,7 +48,7 @@ def main(config: Config) -> None:
 
 def _asked() -> str | None:
     try:
-        return input("> ").strip()
+        return whole(input("> ").strip())
     except EOFError:
         print()
         return None

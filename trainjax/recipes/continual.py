@@ -18,6 +18,7 @@ from trainjax.policies import Policy, policy
 from trainjax.recipes import _common as common
 from trainjax.recipes import _continual as parts
 from trainjax.recipes import _forgetting as forgetting
+from trainjax.recipes import _run_folder as run_folder
 from trainjax.recipes import _training as training
 from trainjax.recipes._common import say
 from trainjax.recipes._forgetting import Report
@@ -85,9 +86,11 @@ class Config(parts.Settings):
 def main(config: Config) -> None:
     """Runs the job."""
     method = config.method.method()
-    tasks, held_out = parts.read_tasks(config.tasks, config.eval_tasks)
-    training.claim_folder(config.out, resume=config.resume)
-    model, adapter = config.load(), config.adapter()
+    unreadable = common.BAD_ROWS[config.bad_rows]
+    tasks, held_out = parts.read_tasks(config.tasks, config.eval_tasks, unreadable)
+    run_folder.claim(config.out, resume=config.resume)
+    config.check_method()
+    model, adapter = config.load(), config.peft_method()
     params = config.untrained(model, 0)
     model = model.with_params(None) if config.full else model  # no second copy of the weights stays
     kept = parts.Kept(params, method.init(params, len(tasks)), [])
@@ -101,7 +104,7 @@ def main(config: Config) -> None:
     same = parts.same_run(config, model, run.stages)
     with contextlib.closing(train.Checkpoints(config.out / "checkpoints", keep=1)) as saved:
         kept = (parts.restored(saved, kept, same) if config.resume else None) or kept
-        common.save_config(config, config.out / "config.yaml")
+        run_folder.write(config)
         if not kept.scores:
             ours = method.policy(run.plain, kept.memory)
             kept = kept._replace(scores=[run.evaluate(ours, kept.params)])
@@ -138,21 +141,26 @@ def _prepared(
     tasks: list[parts.Task],
     held_out: list[parts.Task],
 ) -> _Run:
+    others = None if held_out is tasks else parts.sound_tasks(config, model, held_out)
+    tasks = parts.sound_tasks(config, model, tasks)
+    held_out = tasks if others is None else others
     examples = parts.encoded(config, model, tasks)
-    measured = examples if held_out is tasks else parts.encoded(config, model, held_out)
+    measured = examples if others is None else parts.encoded(config, model, held_out)
+    adapter = config.peft_method()
+    plain = policy(model, adapter)
     asked = [parts.questions(t, config.exact_match, config.seed) for t in held_out]
     return _Run(
         config,
         method,
         model,
         parts.stages(config, method, model, tasks),
-        policy(model, config.adapter()),
+        plain,
         parts.Evaluation(
             model, config.plan(config.max_length), measured, asked, config.max_new_tokens
         ),
         # Equal stages are one program.
-        functools.cache(functools.partial(config.optimizer, model=model)),
-        functools.cache(functools.partial(config.step, curvature=config.drawn(model))),
+        functools.cache(functools.partial(config.optimizer, model=model, method=adapter)),
+        functools.cache(functools.partial(config.step, curvature=losses.drawn(plain))),
     )
 
 

@@ -8,14 +8,16 @@ import sys
 import jax
 
 from trainjax import rollout
+from trainjax.recipes import Prose
 from trainjax.recipes import _common as common
+from trainjax.text import whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(common.AnswerConfig):
     """Prints what a model answers to one prompt."""
 
-    prompt: str
+    prompt: Prose
     """What the user says, or with --raw the text to continue."""
     raw: bool = False
     """Continue the prompt as it stands, without the chat template."""
@@ -31,7 +33,7 @@ def main(config: Config) -> None:
         base_format=config.base_format,
     )
     if config.raw:
-        ids = rollout.prompt_ids(model.tokenizer, config.prompt, raw=True)
+        ids = rollout.prompt_ids(model.tokenizer, whole(config.prompt), raw=True)
     else:
         ids = rollout.prompt_ids(model.tokenizer, config.messages(config.prompt))
     pieces = rollout.stream(

@@ -15,6 +15,7 @@ from rich.text import Text
 from trainjax import data
 from trainjax.io.hub import open_checkpoint
 from trainjax.recipes import _common as common
+from trainjax.recipes._rows import checking, kept, row_length
 
 _TARGET, _PADDING = "bold black on green", "dim"
 
@@ -37,6 +38,8 @@ class Config:
     """Several examples a row, or one."""
     too_long: common.TooLongName = "truncate"
     """What happens to an example longer than --max-length."""
+    bad_rows: common.BadRowsName = "error"
+    """What happens to a row that cannot be read: it is told, or left out and counted."""
     template: bool = True
     """Put plain prompts and completions into the chat template."""
     seed: int = 0
@@ -49,13 +52,17 @@ def main(config: Config) -> None:
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
     too_long = common.TOO_LONG[config.too_long]
-    rows = data.read(config.data)
-    examples = data.encode(
-        rows, tokenizer, config.max_length, template=config.template, too_long=too_long
-    )
-    plan = data.Plan(
-        config.batch_size, config.max_length, common.PACKING[config.packing], config.seed
-    )
+    rows = data.read(config.data, common.BAD_ROWS[config.bad_rows])
+    with common.naming(config.data):
+        check = checking(None, tokenizer, config.template)
+        rows, numbers = kept(config.bad_rows, config.data, rows, check)
+        examples = data.encode(
+            rows, tokenizer, config.max_length, template=config.template, too_long=too_long
+        )
+    examples = dataclasses.replace(examples, rows=numbers[examples.rows])
+    pack = common.PACKING[config.packing]
+    length = row_length(pack, config.max_length, [examples])
+    plan = data.Plan(config.batch_size, length, pack, config.seed)
     console = Console()
     marks = ("", "") if console.is_terminal and not console.no_color else ("«", "»")
     batch = data.fill(examples, plan, plan.epoch(examples, 0)[0])
@@ -107,9 +114,12 @@ def _packing(examples: data.Examples, plan: data.Plan) -> str:
 
 
 def _histogram(lengths: np.ndarray, bins: int = 10, width: int = 40) -> Table:
-    counts, edges = np.histogram(lengths, bins)
+    first, last = int(lengths.min()), int(lengths.max())
+    step = -(-(last + 1 - first) // bins)
+    edges = np.arange(first, last + step + 1, step)
+    counts, _ = np.histogram(lengths, edges)
     table = Table("tokens", "examples", "", box=None, title="lengths", title_justify="left")
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(width * count / counts.max())
-        table.add_row(f"{low:.0f} to {high:.0f}", str(count), bar)
+        table.add_row(f"{low}" if step == 1 else f"{low} to {high - 1}", str(count), bar)
     return table

@@ -14,10 +14,12 @@ import optax
 
 from trainjax import data, losses, optim, parallel, train
 from trainjax.io import folder
-from trainjax.policies import policy
 from trainjax.recipes import _common as common
+from trainjax.recipes import _rows as rows
+from trainjax.recipes import _run_folder as run_folder
 from trainjax.recipes import _training as training
 from trainjax.recipes._configs import StepConfig
+from trainjax.recipes._start import Start, first_params
 from trainjax.train import metrics
 
 
@@ -75,13 +77,13 @@ def main(config: Config) -> None:
         raise ValueError(f"smoothing={config.smoothing} is a share of at least 0 and below 1")
     if not config.leave > 1:
         raise ValueError(f"leave={config.leave} times the least loss is above 1, such as 1.5")
-    training.claim_folder(config.out, resume=False)
+    run_folder.claim(config.out, resume=False)
     points = _test(config)
     found = suggestion(points)
     lines = "".join(json.dumps(point._asdict()) + "\n" for point in points)
     with folder.replaced(config.out / "lr_find.jsonl") as temporary:
         temporary.write_text(lines, encoding="utf-8")
-    common.save_config(config, config.out / "config.yaml")
+    run_folder.write(config)
     plot(points, found, config.out / "lr_find.png")
     if parallel.is_first():
         print(f"learning rate {found.learning_rate:.2g}")
@@ -93,15 +95,17 @@ def main(config: Config) -> None:
 
 def _test(config: Config) -> list[Point]:
     """The steps, up to the one at which the loss has left."""
-    rows = data.read(config.data)
-    model = config.load()
-    mesh = model.module.mesh
-    examples = training.encode(config, config.data, rows, model)
-    plan = config.plan(data.row_length(examples, config.max_length))
+    source = data.read(config.data, common.BAD_ROWS[config.bad_rows])
+    config.check_method()
+    start = Start(config.load(), config.peft_method())
+    mesh = start.model.module.mesh
+    examples = rows.encode(config, config.data, source, start.model)
+    pack = common.PACKING[config.packing]
+    plan = config.plan(rows.row_length(pack, config.max_length, [examples], mesh))
     steps = 100 if config.steps is None else config.steps
-    actor = policy(model, config.adapter())
-    loss, tx = training.with_penalty(losses.sft(actor), actor), config.optimizer(steps, model)
-    state = train.init(training.first_params(config, model), tx, config.seed)
+    actor, tx = start.policy(), config.optimizer(steps, start.model, start.method)
+    loss = training.with_penalty(losses.sft(actor), actor)
+    state = train.init(first_params(config, start), tx, config.seed)
     schedule = config.rates(steps)
     points: list[Point] = []
 
@@ -114,16 +118,16 @@ def _test(config: Config) -> list[Point]:
             raise _LeftError
 
     with (
-        training.sinks(config.out, steps, 0, config.tensorboard, config.wandb) as to,
+        run_folder.sinks(config, steps, 0) as told,
         contextlib.suppress(_LeftError, train.NotFinite),
     ):
         train.fit(
             state,
-            config.step(tx, config.drawn(model)),
+            config.step(tx, losses.drawn(actor)),
             loss,
             data.Loader(examples, plan, mesh),
             steps=steps,
-            sinks=[*to, watch],
+            sinks=[*told.sinks, watch],
             derived=with_rate,
         )
     return points

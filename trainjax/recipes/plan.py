@@ -25,7 +25,8 @@ class Config:
     model: str
     """A hub id, a folder with a config.json or the file itself, a .gguf file, a name that `fetch` knows."""
     device: str
-    """h100, h200, a100, b200, v4, v5e, v5p, v6e, a slice such as v5p-256, or cpu: this machine."""
+    """h100, h200, a100, b200, mi300x, l40s, l4, a10, a10g, a6000, rtx4090, rtx5090, t4, v4, v5e, v5p, v6e, a
+    slice such as v5p-256, or cpu: this machine."""
     devices: int | None = None
     """How many; by default as the slice's name says, or what the mesh multiplies to."""
     mesh: MeshConfig = MeshConfig()

@@ -16,7 +16,7 @@ from trainjax.data import tasks
 from trainjax.evals import ExactMatch, exact_match
 from trainjax.io import fetch
 from trainjax.recipes import _common as common
-from trainjax.recipes import _training as training
+from trainjax.recipes import _run_folder as run_folder
 from trainjax.recipes import sft
 
 Rows = list[dict[str, Any]]
@@ -42,14 +42,14 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the job."""
-    training.claim_folder(config.out, resume=config.resume)
+    run_folder.claim(config.out, resume=config.resume)
     if config.model in fetch.CATALOG:
         fetch.fetch(config.model, common.say)
     train = tasks.rows(config.examples, config.seed)
     test = tasks.rows(config.held_out, config.seed + 1, without=tasks.questions(train))
     for name, rows in (("train", train), ("test", test)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (config.out / f"{name}.jsonl").write_text(text)
+        (config.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
     common.say(f"Asking {config.model} {len(test)} questions before training ...")
     before = exact_match(common.load_model(config.model), test)
@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     _plot(config.out, before, after)
     _show(test, before, after)
     result = {"before": before._asdict(), "after": after._asdict()}
-    (config.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (config.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     common.say(
         f"\nThe picture: {config.out}/quickstart.png. The adapter, in PEFT's format: {config.out}/adapter\n"
         f"Talk to it: trainjax chat --model {config.model} --adapter {config.out} "
@@ -121,7 +121,8 @@ def _one_line(text: str, width: int = 100) -> str:
 def _plot(out: Path, before: ExactMatch, after: ExactMatch) -> None:
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
     records = [record for record in records if "loss" in record]
     figure = Figure((9, 3.6), layout="constrained", dpi=130)
     loss, score = figure.subplots(1, 2)

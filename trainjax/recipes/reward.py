@@ -9,9 +9,12 @@ import jax
 
 from trainjax import data, losses, models
 from trainjax.models import Model
+from trainjax.models._adapters import load_scoring_adapter
 from trainjax.recipes import _common as common
+from trainjax.recipes import _start as starts
 from trainjax.recipes import _training as training
 from trainjax.recipes._configs import TrainConfig
+from trainjax.recipes._start import Start
 from trainjax.scorers import init_scorer, scorer
 from trainjax.types import Loss, Params
 
@@ -39,26 +42,40 @@ def main(config: Config) -> None:
     )
     loss_of(lambda params, batch, key: None)  # refuses a wrong number before anything is read
 
-    def with_penalty(model: Model) -> Loss:
-        trained = scorer(model, config.adapter())
+    def with_penalty(start: Start) -> Loss:
+        trained = scorer(start.model, start.method)
         return training.with_penalty(loss_of(trained), trained.body, part="body")
 
     job = training.Job(
         loss_of=with_penalty,
-        first_params=functools.partial(_first_params, config),
         save=functools.partial(_save, config),
+        start=functools.partial(_start, config),
+        first_params=functools.partial(_first_params, config),
         read=data.pair,
         same=(*training.SAME, "center_rewards_coefficient", "score_bound"),
         tells_tokens=False,
+        next_command="score --data ROWS --out SCORES.jsonl",
     )
     training.run_job(config, job)
 
 
-def _first_params(config: Config, model: Model) -> Params:
-    return init_scorer(jax.random.key(config.seed), model, config.adapter())
+def _start(config: Config, model: Model) -> Start:
+    """As of other jobs; an adapter to go on with may be a reward model's, or one that makes text."""
+    if config.adapter is None or not models.is_scorer(config.adapter):
+        return starts.start(config, model)
+    base = config.other_base
+    method, params = load_scoring_adapter(config.adapter, model, other_base=base)
+    return Start(model, method, params | {"body": starts.laid_out(params["body"], model)})
 
 
-def _save(config: Config, model: Model, params: Params) -> None:
+def _first_params(config: Config, start: Start) -> Params:
+    if start.loaded is not None and "score" in start.loaded:
+        return start.loaded
+    fresh = init_scorer(jax.random.key(config.seed), start.model, start.method)
+    return fresh if start.loaded is None else fresh | {"body": start.loaded}
+
+
+def _save(config: Config, start: Start, params: Params) -> None:
     folder = config.out / ("model" if config.full else "adapter")
     if not (config.full and folder.exists()):  # it does where a finished run is resumed
-        models.save_scorer(folder, model, config.adapter(), params)
+        models.save_scorer(folder, start.model, start.method, params)

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from trainjax import data, evals
+from trainjax.data import bad_rows
 from trainjax.io import folder
 from trainjax.models import Model
 from trainjax.recipes import _common as common
 from trainjax.recipes._common import MeshConfig, say
+from trainjax.recipes._rows import checking, kept
 from trainjax.scorers import scorer
 
 COLUMNS: Mapping[data.Read, tuple[str, ...]] = {
@@ -44,6 +46,8 @@ class Config:
     """Tokens of a prompt with a completion. A longer one is an error: cut, it would be another text."""
     dtype: common.DtypeName | None = None
     """Of weights and arithmetic; by default as stored, and what the platform is fast at."""
+    bad_rows: common.BadRowsName = "error"
+    """What happens to a row that cannot be read: the job ends, or it is left out, into OUT.dropped.jsonl."""
     template: bool = True
     """Put plain prompts and completions into the chat template."""
     mesh: MeshConfig = MeshConfig()
@@ -54,8 +58,8 @@ def main(config: Config) -> None:
     if config.out.exists():
         raise ValueError(f"{config.out} exists already; give the name of a new file")
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    rows, mesh = data.read(config.data), config.mesh.mesh()
-    read = data.pair if {"chosen", "rejected"} & set(rows[0]) else data.single
+    rows, mesh = data.read(config.data, common.BAD_ROWS[config.bad_rows]), config.mesh.mesh()
+    read = data.pair if {"chosen", "rejected"} & bad_rows.columns(rows) else data.single
     model, method, params = common.load_scorer(
         config.model,
         dtype=config.dtype,
@@ -63,6 +67,10 @@ def main(config: Config) -> None:
         other_base=config.other_base,
         mesh=mesh,
     )
+    dropped = config.out.with_name(f"{config.out.name}.dropped.jsonl")
+    with common.naming(config.data):
+        check = checking(read, model.tokenizer, config.template)
+        rows, _ = kept(config.bad_rows, config.data, rows, check, dropped)
     examples = _encoded(config, rows, read, model)
     length = data.row_length(examples, config.max_length)
     plan = data.Plan(config.batch_size, length, data.unpacked)
@@ -80,7 +88,7 @@ def main(config: Config) -> None:
 def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -> data.Examples:
     if model.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer")
-    try:
+    with common.naming(config.data):
         examples = data.encode_groups(
             rows,
             model.tokenizer,
@@ -90,8 +98,6 @@ def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -
             template=config.template,
             too_long=data.refuse,
         )
-    except ValueError as error:
-        raise ValueError(f"{config.data}: {error}") from error
     if missing := sorted(set(range(len(rows))) - set(examples.rows.tolist())):
         raise ValueError(f"{config.data}: row {missing[0]}: it has no completion to score")
     return examples

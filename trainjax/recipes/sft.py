@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from trainjax import losses
-from trainjax.policies import policy
 from trainjax.recipes import _training as training
 from trainjax.recipes._configs import TrainConfig
 
@@ -17,4 +16,4 @@ class Config(TrainConfig):
 
 def main(config: Config) -> None:
     """Runs the job."""
-    training.run(config, lambda model: losses.sft(policy(model, config.adapter())))
+    training.run(config, lambda start: losses.sft(start.policy()))

@@ -238,11 +238,12 @@ def _shapes(state: TrainState) -> dict[str, list[int]]:
 
 def _dump_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """The list of what a checkpoint holds, with a checksum of the list itself."""
-    (folder / _MANIFEST).write_text(json.dumps({"checksum": _checksum(content), **content}))
+    text = json.dumps({"checksum": _checksum(content), **content})
+    (folder / _MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _load_manifest(folder: Path) -> dict[str, Any]:
-    content = json.loads((folder / _MANIFEST).read_text())
+    content = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
         raise ValueError("it is not what was written")
     return content

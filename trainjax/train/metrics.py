@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainjax.parallel.devices import device_of_kind
 from trainjax.retries import retried
 
 Record = Mapping[str, Any]
@@ -24,19 +24,6 @@ Record = Mapping[str, Any]
 Sink = Callable[[Record], None]
 """Takes a record: writes it, shows it, sends it somewhere."""
 
-# Dense bf16 peak of one chip in FLOP/s, from the makers' data sheets; a substring of `device_kind`.
-_PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "v6 lite": 918e12,
-    "v5p": 459e12,
-    "v5 lite": 197e12,
-    "v4": 275e12,
-}
-
 
 @contextlib.contextmanager
 def jsonl(path: Path, *, after_step: int = 0) -> Iterator[Sink]:
@@ -44,11 +31,12 @@ def jsonl(path: Path, *, after_step: int = 0) -> Iterator[Sink]:
     a resumed run writes them again, and equal ones at that.
     """
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _is_before(line, after_step)]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _is_before(line, after_step)]
         shorter = path.with_name(f".{path.name}.tmp")
-        shorter.write_text("".join(f"{line}\n" for line in kept))
+        shorter.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         shorter.replace(path)  # at once: whoever is killed here has lost no record
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
 
         def write(record: Record) -> None:
             file.write(json.dumps(dict(record)) + "\n")
@@ -93,7 +81,10 @@ def wandb(**settings: Any) -> Iterator[Sink]:
 
 @contextlib.contextmanager
 def progress(steps: int, done: int = 0) -> Iterator[Sink]:
-    """A bar with loss, tokens a second, MFU and the time left; lines now and then off a terminal."""
+    """A bar with loss, tokens a second, MFU and the time left; lines now and then off a terminal.
+
+    A record of `doing` alone shows what happens until the next one.
+    """
     if not sys.stderr.isatty():
         yield _lines(steps)
         return
@@ -112,7 +103,7 @@ def progress(steps: int, done: int = 0) -> Iterator[Sink]:
     with Progress(*columns, *times, console=Console(stderr=True)) as bar:
         task = bar.add_task("compiling", total=steps, completed=done)
         yield lambda record: bar.update(
-            task, completed=record["step"], description=_summary(record)
+            task, completed=record.get("step"), description=_summary(record)
         )
 
 
@@ -121,6 +112,9 @@ def _lines(steps: int, every_seconds: float = 10.0) -> Sink:
 
     def show(record: Record) -> None:
         nonlocal last
+        if "doing" in record:
+            print(f"{record['doing']} ...", file=sys.stderr, flush=True)
+            return
         now = time.monotonic()
         if now - last >= every_seconds or record["step"] in (1, steps):
             last = now
@@ -130,7 +124,7 @@ def _lines(steps: int, every_seconds: float = 10.0) -> Sink:
 
 
 def _summary(record: Record) -> str:
-    parts = []
+    parts = [record["doing"]] if "doing" in record else []
     if "loss" in record:
         parts.append(f"loss {record['loss']:.4f}")
     if "eval_loss" in record:
@@ -143,27 +137,34 @@ def _summary(record: Record) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory: of the fullest local accelerator, or of the process where there is none."""
+    """Peak memory: of the fullest local accelerator, or of the process where there is none; 0 on Windows."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks and jax.default_backend() != "cpu":
         return max(peaks)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    return _peak_of_process()
+
+
+def _peak_of_process() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows: there is no such count in the standard library
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_flops(dtype: Any = jnp.float32) -> float | None:
     """FLOP/s of all devices together, the denominator of MFU.
 
-    Of accelerators it is the published dense bf16 peak (None for one that is not in the table); of a
+    Of accelerators it is the published dense bf16 peak (None for one that is not in `parallel.devices`); of a
     CPU, what a large matrix product in `dtype` reaches here and now, measured in a fifth of a second.
     """
     kind = jax.devices()[0].device_kind
     if jax.default_backend() == "cpu":
         return _measured_flops(dtype) * jax.process_count()
-    peak = next((peak for name, peak in _PEAKS.items() if name in kind), None)
-    return None if peak is None else peak * jax.device_count()
+    device = device_of_kind(kind)
+    return None if device is None else device.flops * jax.device_count()
 
 
 @functools.cache
