@@ -25,6 +25,8 @@ from trainjax.types import Blocks
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
+"""The file of end tokens and sampling settings beside a model."""
 
 
 class HfFolder:
@@ -76,6 +78,11 @@ class HfFolder:
 
     def tokenizer(self) -> Any | None:
         return tokenizers.from_folder(self.path)
+
+    def generation(self) -> dict[str, Any]:
+        """The contents of `generation_config.json`; empty where there is none."""
+        file = self.path / GENERATION
+        return retried(_read_json, file) if file.is_file() else {}
 
     @functools.cached_property
     def _index(self) -> dict[str, tuple[Path, tuple[int, ...]]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainjax.io.fetch import CATALOG, fetched
 from trainjax.io.folder import HfFolder
+from trainjax.io.own_head import with_its_head
 from trainjax.tree import nearest
 from trainjax.types import Checkpoint
 
@@ -24,7 +25,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         ValueError: nothing of that name, or a hub that cannot be reached.
     """
-    return _open(source, _FILES)
+    files = _open(source, _FILES)
+    return with_its_head(files) if isinstance(files, HfFolder) else files
 
 
 def _open(source: str | Path, patterns: tuple[str, ...]) -> Checkpoint:

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from trainjax.models._model import (
     SCORE,
     Model,
     abstract_params,
+    check_tokenizer,
     family,
     fingerprint,
     tensor_names,
@@ -31,6 +32,15 @@ from trainjax.nn import Decoder, body, check_heads, remat
 from trainjax.types import Checkpoint, Params, Peft
 
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", "masked_bias")  # buffers that old files carry
+
+
+@runtime_checkable
+class WithGeneration(Checkpoint, Protocol):
+    """A checkpoint that says how the model generates."""
+
+    def generation(self) -> dict[str, Any]:
+        """The contents of `generation_config.json`, or what stands for them; empty where there is none."""
+        ...
 
 
 def load(
@@ -131,15 +141,18 @@ def _from_checkpoint(
             "original weights, which are quantised while they are loaded"
         )
     module = _module(checkpoint.config, mesh, compute_dtype, remat)
+    tokenizer = checkpoint.tokenizer()
+    check_tokenizer(source, module.config, tokenizer)
     params, corners = _read(checkpoint, _abstract(checkpoint, module), mesh, dtype, quantise)
     return Model(
         module.config,
         module,
         params,
-        checkpoint.tokenizer(),
+        tokenizer,
         checkpoint.config,
         source,
         fingerprint(params, corners),
+        checkpoint.generation() if isinstance(checkpoint, WithGeneration) else {},
     )
 
 

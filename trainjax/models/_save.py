@@ -15,13 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from trainjax import tree
 from trainjax.io import folder
 from trainjax.io import tokenizer as tokenizers
-from trainjax.models._model import Model, tensor_names
+from trainjax.models._model import Model, config_json, tensor_names
 from trainjax.types import Params
 
 
 def save_model(path: str | Path, model: Model, params: Params | None = None) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `load` read.
 
+    The base's `generation_config.json` goes along: end tokens that it alone names, sampling settings.
     Params with a `score` in the place of the head make a sequence classifier's; see `save_scorer`.
     The folder appears whole or not at all: it is written under another name and moved into place.
 
@@ -44,11 +45,14 @@ def save_model(path: str | Path, model: Model, params: Params | None = None) -> 
             )
     with folder.written(Path(path)) as temporary:
         dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype).name
-        hf = {k: v for k, v in model.hf.items() if k not in ("torch_dtype", "quantization_config")}
+        kept = config_json(model, params).items()
+        hf = {k: v for k, v in kept if k not in ("torch_dtype", "quantization_config")}
         tokenizer = model.tokenizer
         if "score" in params:
             tokenizer = _with_padding_of_its_own(tokenizer)
             hf |= _classifier(hf, params["score"]["kernel"].shape[1], tokenizer)
+        elif model.generation:
+            folder.write_json(temporary / folder.GENERATION, model.generation)
         folder.write_json(temporary / "config.json", hf | {"dtype": dtype})
         folder.write_shards(temporary, _tensors(model, params))
         if tokenizer is not None:
