@@ -13,7 +13,10 @@ from trainjax.recipes import _common as common
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(common.AnswerConfig):
-    """Prints what a model answers to one prompt."""
+    """Prints what a model answers to one prompt.
+
+    Its generation_config.json says where answers end; how tokens are drawn, these settings alone say.
+    """
 
     prompt: str
     """What the user says, or with --raw the text to continue."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainjax import data, evals
 from trainjax.io import folder
-from trainjax.models import Model
+from trainjax.models import Model, check_tokens
 from trainjax.recipes import _common as common
 from trainjax.recipes._common import MeshConfig, say
 from trainjax.scorers import scorer
@@ -92,6 +92,7 @@ def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -
         )
     except ValueError as error:
         raise ValueError(f"{config.data}: {error}") from error
+    check_tokens(model.config, examples.tokens)
     if missing := sorted(set(range(len(rows))) - set(examples.rows.tolist())):
         raise ValueError(f"{config.data}: row {missing[0]}: it has no completion to score")
     return examples
