@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import families, helpers
+from trainjax.io.hub import public_name
 from trainjax.models import load, load_adapter, save_adapter
 from trainjax.peft import lora
 
@@ -125,6 +126,14 @@ def test_an_adapter_may_be_saved_over_an_earlier_one(loaded, tmp_path):
         adapter = helpers.trained(method, model.params, seed=seed)
         save_adapter(tmp_path, model, method, adapter)
     jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path, model)[1], adapter)
+
+
+def test_an_adapter_of_a_model_of_the_catalogue_names_it_as_the_hub_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert public_name("smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert public_name("owner/name") == "owner/name"
+    assert public_name("model") == str(tmp_path / "model")
 
 
 def test_an_adapter_says_what_it_is_of(golden, loaded, tmp_path):

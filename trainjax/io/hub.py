@@ -55,6 +55,14 @@ def _open(source: str | Path, patterns: tuple[str, ...]) -> Checkpoint:
     return HfFolder(_download(str(source), patterns))
 
 
+def public_name(source: str | Path) -> str:
+    """What others call a model: the hub's id of one in the catalogue, the whole path of a local one."""
+    if str(source) in CATALOG:
+        return CATALOG[str(source)].repo
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else str(source)
+
+
 def read_config(source: str | Path) -> dict[str, Any]:
     """What `config.json` says, without the weights: a folder may have nothing else.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from trainjax import tree
 from trainjax.io import peft as files
+from trainjax.io.hub import public_name
 from trainjax.models._model import SCORE, Model, tensor_names
 from trainjax.models._save import host_array, save_model, whole
 from trainjax.peft._methods import method_of
@@ -36,7 +37,7 @@ def save_adapter(path: str | Path, model: Model, method: Peft, adapter: Params) 
     """
     adapter = jax.tree.map(whole, adapter)
     exported = method.export(adapter, peft_modules(model.hf, model.params))
-    base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.source}
+    base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": public_name(model.source)}
     fields = base | exported.fields
     if reasons := files.vllm_refuses(fields):
         logging.getLogger(__name__).warning("vLLM would not serve the adapter: %s", reasons)
@@ -71,8 +72,10 @@ def save_scorer(path: str | Path, model: Model, method: Peft | None, params: Par
 
     Without a method a folder that `AutoModelForSequenceClassification.from_pretrained` reads. With one
     an adapter's folder of `task_type` SEQ_CLS, the head in it, which PEFT loads over that class and the
-    base. In both, transformers scores the last token that is not padding: of rows that it tokenizes
-    itself, by the chat template too, so that a text ends where it did in training.
+    base. In both, transformers scores the last token that is not padding, as `scorer` does: of rows that
+    it tokenizes itself, by the chat template too, a text ends where it did in training. Where the base's
+    config names no `pad_token_id`, which transformers needs for batches, one that ends no text is to be
+    named with an adapter; a whole model's folder has it.
 
     Args:
         path: the folder; see `save_model` and `save_adapter`.
@@ -88,7 +91,7 @@ def save_scorer(path: str | Path, model: Model, method: Peft | None, params: Par
         return
     body = jax.tree.map(whole, params["body"])
     exported = method.export(body, peft_modules(model.hf, model.params))
-    base = {"task_type": _SCORING, "base_model_name_or_path": model.source}
+    base = {"task_type": _SCORING, "base_model_name_or_path": public_name(model.source)}
     fields = base | exported.fields | {"modules_to_save": [_SCORE]}
     kernel = host_array(params["score"]["kernel"])
     tensors = {**exported.tensors, SCORE: np.ascontiguousarray(kernel.T)}
