@@ -306,11 +306,14 @@ def _rows_in(
         ids = next((own for end, own in by_end.items() if modules[name].endswith(end)), None)
         if ids is None:
             continue
+        start, tensor = _rows_of(name, leaves, ids), f"{modules[name]}.{_ROWS}"
         tokens[name] = tuple(ids)
-        start = _rows_of(name, leaves, ids)
-        tensor = f"{modules[name]}.{_ROWS}"
         if tensor in tensors:
             rows[name] = jnp.asarray(_checked(tensor, tensors.pop(tensor), start.shape))
+        elif not isinstance(leaves[name], Tied) or tokens[name] != tokens.get(EMBEDDING):
+            raise ValueError(
+                f"trainable_token_indices are {ids}, but the adapter has no {tensor!r}"
+            )
     return tokens, rows
 
 
