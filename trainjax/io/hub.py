@@ -9,6 +9,7 @@ from typing import Any
 from trainjax.io.fetch import CATALOG, fetched
 from trainjax.io.folder import HfFolder
 from trainjax.io.own_head import with_its_head
+from trainjax.io.quantised import readable
 from trainjax.tree import nearest
 from trainjax.types import Checkpoint
 
@@ -26,7 +27,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         ValueError: nothing of that name, or a hub that cannot be reached.
     """
     files = _open(source, _FILES)
-    return with_its_head(files) if isinstance(files, HfFolder) else files
+    return readable(with_its_head(files)) if isinstance(files, HfFolder) else files
 
 
 def _open(source: str | Path, patterns: tuple[str, ...]) -> Checkpoint:

@@ -17,6 +17,7 @@ from jaxtyping import PRNGKeyArray
 
 from trainjax import axes, parallel, platform, quant, tree
 from trainjax.io.hub import open_checkpoint
+from trainjax.io.quantised import refuse
 from trainjax.models import _adapters
 from trainjax.models._model import (
     CORNER,
@@ -135,11 +136,7 @@ def _from_checkpoint(
     remat: Any,
     quantise: quant.Format | None,
 ) -> Model:
-    if quantise is not None and (already := checkpoint.config.get("quantization_config")):
-        raise ValueError(
-            f"{source} is quantised already (quant_method={already.get('quant_method')!r}); give the "
-            "original weights, which are quantised while they are loaded"
-        )
+    refuse(source, checkpoint.config)
     module = _module(checkpoint.config, mesh, compute_dtype, remat)
     tokenizer = checkpoint.tokenizer()
     check_tokenizer(source, module.config, tokenizer)
