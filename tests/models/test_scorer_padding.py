@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ import pytest
 import trainjax as tj
 from tests import helpers, toy
 from trainjax import data, evals
-from trainjax.models import Model, load, load_scorer, save_scorer
+from trainjax.io.tokenizer import from_folder
+from trainjax.models import Model, random_model, save_model, save_scorer
 from trainjax.nn import body
 from trainjax.peft import lora
 from trainjax.scorers import last_token_scores
@@ -23,9 +23,10 @@ LORA = lora(rank=2, alpha=4.0)
 ROWS = [{"prompt": f"say {'a' * i}", "completion": "b" * (4 - i)} for i in range(3)]
 
 
-def base(path: Path) -> Model:
+def base() -> Model:
     """A base whose config pads with the end too."""
-    return load(toy.model_folder(path, num_hidden_layers=1, pad_token_id=END))
+    hf = toy.CONFIG | {"num_hidden_layers": 1, "pad_token_id": END}
+    return random_model(hf, jax.random.key(0), tokenizer=toy.tokenizer())
 
 
 def trained(model: Model):
@@ -55,14 +56,12 @@ def test_a_completion_is_scored_at_its_last_token_that_is_no_padding():
 
 
 def test_a_merged_reward_model_pads_with_what_its_base_does(tmp_path):
-    model = base(tmp_path / "base")
-    params = trained(model)
-    save_scorer(tmp_path / "out", model, None, merged(model, params))
-    again, method, found = load_scorer(tmp_path / "out")
-    assert again.tokenizer.pad_token_id == END
+    """The scorer knows the token, so it scores the one that transformers does."""
+    model = base()
+    save_scorer(tmp_path / "out", model, None, tj.init_scorer(jax.random.key(0), model))
+    assert from_folder(tmp_path / "out").pad_token_id == END
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == END
-    expected = scores(model, LORA, params)
-    np.testing.assert_allclose(scores(again, method, found), expected, rtol=1e-4)
+    assert tj.scorer(model).padding == END
 
 
 @pytest.mark.parity
@@ -72,7 +71,8 @@ def test_transformers_and_peft_give_the_number_of_here(tmp_path):
     import torch
     import transformers
 
-    model = base(tmp_path / "base")
+    model = base()
+    save_model(tmp_path / "base", model)
     params = trained(model)
     save_scorer(tmp_path / "adapter", model, LORA, params)
     save_scorer(tmp_path / "merged", model, None, merged(model, params))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from tests import toy
 from trainjax.io.folder import HfFolder
 from trainjax.merging import linear, merge_models
-from trainjax.models import load, save_gguf, save_model
+from trainjax.models import llama, load, save_gguf, save_model
+from trainjax.models._model import check_tokenizer
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TOKENS = np.asarray([[1, 7, 5, 30]])
@@ -92,8 +92,7 @@ def test_logits_of_a_token_beyond_the_vocabulary_are_refused(loaded, token):
         loaded("llama_tied").logits(np.asarray([[1, token]]))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_embedding_is_told(tmp_path, caplog):
-    path = toy.model_folder(tmp_path / "model", vocab_size=257)
-    with caplog.at_level(logging.WARNING):
-        load(path)
-    assert "has 259 tokens and the embedding 257 rows" in caplog.text
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_told(caplog):
+    config = llama.config(toy.CONFIG | {"vocab_size": 257})
+    check_tokenizer("toy", config, toy.tokenizer())
+    assert "tokenizer of toy has 259 tokens and the embedding 257 rows" in caplog.text

@@ -2,22 +2,23 @@
 
 import dataclasses
 
-import jax
 import pytest
 from tokenizers import processors
 
 import trainjax as tj
 from tests import toy
 from trainjax import models
+from trainjax.models import llama
+from trainjax.nn import Decoder
 from trainjax.rollout import greedy, prompt_ids, sampler
 from trainjax.rollout.decoding import _end_ids
 
 
 @pytest.fixture(scope="module")
 def model():
-    return models.random_model(
-        toy.CONFIG | {"num_hidden_layers": 1}, jax.random.key(0), tokenizer=toy.tokenizer()
-    )
+    """Without weights: what is asked is looked at before any is read."""
+    config = llama.config(toy.CONFIG)
+    return models.Model(config, Decoder(config), {}, toy.tokenizer(), toy.CONFIG, "toy", "")
 
 
 @pytest.mark.parametrize(
