@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from trainjax import tree
 from trainjax.models import Model
@@ -26,10 +26,13 @@ class Scorer:
     Attributes:
         body: makes the hidden states, with the frozen weights if it has an adapter.
         size: completions of a group: two in pairs, one where each stands alone.
+        padding: the token that `config.json` pads with, at which no completion is scored unless it is
+            nothing else; None where it names none.
     """
 
     body: Policy
     size: int = static(2)
+    padding: int | None = static(None)
 
     def __call__(
         self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
@@ -48,7 +51,8 @@ class Scorer:
         """
         hidden = self.body.hidden(params["body"], batch, key)
         groups, kernel = batch["groups"].shape[1], params["score"]["kernel"]
-        flat = last_token_scores(hidden, kernel, batch["completions"], groups * self.size)
+        padded = None if self.padding is None else batch["tokens"] == self.padding
+        flat = last_token_scores(hidden, kernel, batch["completions"], groups * self.size, padded)
         scores = flat.reshape(len(flat), groups, self.size, -1)
         return scores if kernel.shape[1] > 1 else scores[..., 0]
 
@@ -58,6 +62,7 @@ def last_token_scores(
     kernel: Float[Array, "embed objectives"],
     completions: Int[Array, "batch seq"],
     count: int,
+    padded: Bool[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch {count} objectives"]:
     """`state @ kernel` where completion 1, 2, ..., `count` has its last token, in float32; 0 if it has none.
 
@@ -66,8 +71,11 @@ def last_token_scores(
         kernel: a column for each objective.
         completions: which one a token belongs to; 0 for none.
         count: how many there may be.
+        padded: tokens that come last only where a completion has no others: the end of a text in a model
+            that pads with it.
 
-    Source: agrees with `LlamaForSequenceClassification` of transformers 5.
+    Source: agrees with `LlamaForSequenceClassification` of transformers 5, which looks for the last token
+    that is not `pad_token_id`.
     """
     batch, seq, embed = hidden.shape
     # Products of rows, which are fast on every platform; float32 even where a product of it is not.
@@ -77,7 +85,8 @@ def last_token_scores(
         precision=jax.lax.Precision.HIGHEST,
     )
     mine = completions[..., None] == jnp.arange(1, count + 1)
-    place = jnp.arange(seq)[:, None]
+    place = jnp.broadcast_to(jnp.arange(seq), completions.shape)
+    place = (place if padded is None else jnp.where(padded, place, place + seq))[..., None]
     last = jnp.max(jnp.where(mine, place, -1), axis=1, keepdims=True)
     # A choice and a sum: no gather, whose gradient scatters, and nothing read from padding.
     chosen = jnp.where((place == last)[..., None], flat.reshape(batch, seq, 1, -1), 0.0)
@@ -87,13 +96,16 @@ def last_token_scores(
 def scorer(model: Model, method: Peft | None = None, size: int = 2) -> Scorer:
     """The scorer that trains: `method`'s adapter on the model, or the whole model without one.
 
+    A text is scored at its last token that is not the model's `pad_token_id`, as transformers does: one
+    number here, in the merged folder and in PEFT over the base, also where the end of a text pads.
+
     Args:
         model: its own head, if it has one, is left out.
         method: `peft.lora(...)` and the like.
         size: completions of a group.
     """
     base = None if method is None else body(model.params)
-    return Scorer(Policy(base, model.module, method), size)
+    return Scorer(Policy(base, model.module, method), size, model.hf.get("pad_token_id"))
 
 
 def init_scorer(

@@ -128,6 +128,16 @@ class Weight(abc.ABC):
         """
         return {}
 
+    def rows(self, take: Callable[[Array], Array]) -> Array:
+        """`take(w)` for what takes rows of the matrix, such as the lookup of tokens in an embedding.
+
+        By default of the dense matrix. A weight that is made of thinner parts takes theirs.
+
+        Args:
+            take: `(matrix) -> [..., columns]`, linear in the matrix and column by column.
+        """
+        return take(self.dense())
+
     def through(self, product: Callable[[Array, Array], Array], x: Array) -> Array:
         """`product(x, w)` for another product than `x @ w`, such as a convolution with w as its kernel.
 

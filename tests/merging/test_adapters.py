@@ -146,6 +146,8 @@ def test_of_adapters_of_some_layers_the_modules_are_named_in_full(tmp_path):
     [
         ({"peft_type": "VERA"}, "other is an adapter of peft_type='VERA'; LORA is merged"),
         ({"use_dora": True}, "other sets use_dora=True, which cannot be merged"),
+        ({"use_qalora": True}, "other sets use_qalora=True, which cannot be merged"),
+        ({"modules_to_save": ["lm_head"]}, "other sets modules_to_save=.*which cannot be merged"),
         ({"init_lora_weights": "pissa"}, "other sets init_lora_weights='pissa': its base is not"),
         ({"tensors": {"score.weight": np.ones((1, 8), np.float32)}}, "other holds 'score.weight'"),
         (
@@ -162,7 +164,7 @@ def test_of_adapters_of_some_layers_the_modules_are_named_in_full(tmp_path):
         ),
         ({"fingerprint": "aaaaaaaa"}, r"different bases \(fingerprints 00000000, aaaaaaaa\)"),
     ],
-    ids=["kind", "dora", "pissa", "a head", "ranks", "sides", "nan", "base"],
+    ids=["kind", "dora", "qalora", "copies", "pissa", "a head", "ranks", "sides", "nan", "base"],
 )
 def test_an_adapter_that_does_not_fit_is_named_and_nothing_is_left(tmp_path, changes, sentence):
     write(tmp_path / "one", 2, fingerprint="00000000")

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import families, helpers
+from trainjax.io.hub import public_name
 from trainjax.models import load, load_adapter, save_adapter
 from trainjax.peft import lora
 
@@ -127,6 +128,14 @@ def test_an_adapter_may_be_saved_over_an_earlier_one(loaded, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path, model)[1], adapter)
 
 
+def test_an_adapter_of_a_model_of_the_catalogue_names_it_as_the_hub_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert public_name("smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert public_name("owner/name") == "owner/name"
+    assert public_name("model") == str(tmp_path / "model")
+
+
 def test_an_adapter_says_what_it_is_of(golden, loaded, tmp_path):
     model, method = loaded("llama_tied"), lora(rank=1, target="query")
     save_adapter(tmp_path, model, method, method.init(jax.random.key(0), model.params))
@@ -165,11 +174,27 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     [
         ({"bias": "all"}, "sets bias='all', which is not supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "names lm_head, but the adapter has no 'lm_head.weight'",
+        ),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        (
+            {"trainable_token_indices": [1]},
+            r"are \[1\], but the adapter has no 'model.embed_tokens",
+        ),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"target_parameters": ["mlp.experts.up"]}, "target_parameters"),
+        ({"use_qalora": True}, "use_qalora=True"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva'"),
+        ({"corda_config": {"corda_method": "ipm"}}, "corda_config"),
+        ({"eva_config": {"rho": 2.0}}, "eva_config"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying=True"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow=3"),
         ({"peft_type": "HRA"}, "peft_type='HRA' are not supported"),
     ],

@@ -82,13 +82,6 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused(folder):
         )
 
 
-def test_tied_model_with_a_head_in_the_file_ignores_it(golden, tmp_path):
-    """Some exporters write `lm_head.weight` all the same."""
-    folder = Path(shutil.copytree(golden / "llama_tied", tmp_path / "model"))
-    with_tensors(folder, lambda t: t.update({"lm_head.weight": np.ones((48, 16), np.float32)}))
-    assert "head" not in load(folder).params
-
-
 def test_random_model_has_the_structure_of_a_loaded_one_and_lies_by_the_rules(loaded):
     model, mesh = loaded("llama_biased_llama3"), helpers.mesh_of(1, 2, 2)
     params = random_model(model.hf, jax.random.key(0), mesh=mesh).params

@@ -223,7 +223,7 @@ def test_integers_are_refused_by_name(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = tensors[name].astype(np.int8)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=f"{name} is of int8; only floating-point numbers"):
+    with pytest.raises(ValueError, match=f"{name} is stored as I8: codes of a quantised model"):
         load(folder, quantise=quant.nf4())
     params = {"layers": {"kernel": jnp.ones((64, 64), jnp.int32)}}
     with pytest.raises(ValueError, match="layers/kernel is of int32; only floating-point"):

@@ -203,7 +203,7 @@ def test_layers_and_matrices_drop_apart():
         ({"rank": 2, "rank_pattern": {"up": 0}}, "rank=0 for layers/mlp/up/kernel"),
         ({"rank": 2, "rank_pattern": {"layers/1/mlp/up": 33}}, "rank=33 is above .*mlp/up/kernel"),
         ({"target": "qeury"}, "matches 'qeury'; the names are .*layers/attention/query/kernel"),
-        ({"target": "norm"}, "matches 'norm'; the names are head/kernel, "),
+        ({"target": "norm"}, "matches 'norm'; the names are embed/embedding, head/kernel, "),
         ({"target": "("}, r"'\(' is not a regular expression"),
         ({"rank": 2, "rank_pattern": {"(": 3}}, r"'\(' is not a regular expression"),
         (

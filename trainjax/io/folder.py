@@ -12,9 +12,10 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -25,6 +26,24 @@ from trainjax.types import Blocks
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
+"""The file of end tokens and sampling settings beside a model."""
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_F8: dict[str, Any] = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is, and as what."""
+
+    file: Path
+    shape: tuple[int, ...]
+    kind: str
 
 
 class HfFolder:
@@ -44,13 +63,18 @@ class HfFolder:
         self.config: dict[str, Any] = retried(_read_json, self.path / "config.json")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, (_, shape) in self._index.items()}
+        return {name: stored.shape for name, stored in self._index.items()}
 
     def read(self, name: str) -> np.ndarray:
         return retried(self._read, name)
 
     def _read(self, name: str) -> np.ndarray:
-        file, _ = self._index[name]
+        file, _, kind = self._index[name]
+        if kind not in _FLOATS:
+            raise ValueError(
+                f"{name} is stored as {kind}: codes of a quantised model and no weights; give the "
+                "original ones"
+            )
         # Opened anew for each tensor, with pread: a mapping that stays open keeps every page that
         # was read in the process's resident memory, which doubles the peak of loading.
         with _opened(file) as tensors:
@@ -60,9 +84,25 @@ class HfFolder:
         """What the tensor's numbers are stored as."""
         return next(self.parts(name, 1)).dtype
 
+    def kind(self, name: str) -> str:
+        """What safetensors calls the tensor's dtype: `BF16`, `F8_E4M3`."""
+        return self._index[name].kind
+
+    def codes(self, name: str) -> np.ndarray:
+        """A tensor of 8-bit floats, of which safetensors' reader for NumPy knows nothing."""
+        return retried(self._codes, name)
+
+    def _codes(self, name: str) -> np.ndarray:
+        path, shape, kind = self._index[name]
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            start, end = json.loads(file.read(length))[name]["data_offsets"]
+            file.seek(8 + length + start)
+            return np.frombuffer(file.read(end - start), _F8[kind]).reshape(shape)
+
     def parts(self, name: str, rows: int) -> Iterator[np.ndarray]:
         """The tensor a few rows at a time; no more of it is in memory. A scalar is one row."""
-        file, shape = self._index[name]
+        file, shape, _ = self._index[name]
         if not shape:
             yield self.read(name).reshape(1)
             return
@@ -77,13 +117,19 @@ class HfFolder:
     def tokenizer(self) -> Any | None:
         return tokenizers.from_folder(self.path)
 
+    def generation(self) -> dict[str, Any]:
+        """The contents of `generation_config.json`; empty where there is none."""
+        file = self.path / GENERATION
+        return retried(_read_json, file) if file.is_file() else {}
+
     @functools.cached_property
-    def _index(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    def _index(self) -> dict[str, _Stored]:
         found = {}
         for file in self._files():
             with _opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
+                    part = tensors.get_slice(name)
+                    found[name] = _Stored(file, tuple(part.get_shape()), part.get_dtype())
         return found
 
     def _files(self) -> list[Path]:

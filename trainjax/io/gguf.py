@@ -7,7 +7,7 @@ quantised tensor mean is left to `gguf.quants`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -45,6 +45,7 @@ class GgufFile:
         header = read_header(self._path)
         try:
             self._architecture = architecture(header.metadata)
+            self._ends = _end_tokens(header.metadata)
             self._tensors = by_hf_name(header.tensors, self._architecture.names)
             self.config = self._architecture.config(
                 header.metadata, header.tensors, lambda name: self._load(name, header.tensors[name])
@@ -101,6 +102,10 @@ class GgufFile:
         metadata = read_header(self._path).metadata
         return from_gguf(metadata) if "tokenizer.ggml.tokens" in metadata else None
 
+    def generation(self) -> dict[str, Any]:
+        """The end tokens, where the file names several: of the text, of a turn, of a message."""
+        return {"eos_token_id": self._ends} if len(self._ends) > 1 else {}
+
     def _load(self, name: str, tensor: Tensor) -> np.ndarray:
         if tensor.type not in _SUPPORTED:
             raise ValueError(
@@ -117,6 +122,12 @@ class GgufFile:
         if name not in self._tensors:
             raise KeyError(f"{self._path} has no tensor {name!r}{nearest(name, self._tensors)}")
         return self._tensors[name]
+
+
+def _end_tokens(metadata: Mapping[str, Any]) -> list[int]:
+    """The tokens after which llama.cpp stops, as far as the file names them."""
+    ids = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(id_ for id_ in ids if id_ is not None))
 
 
 _SUPPORTED = [

@@ -8,6 +8,8 @@ from typing import Any
 
 from trainjax.io.fetch import CATALOG, fetched
 from trainjax.io.folder import HfFolder
+from trainjax.io.own_head import with_its_head
+from trainjax.io.quantised import readable
 from trainjax.tree import nearest
 from trainjax.types import Checkpoint
 
@@ -24,7 +26,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         ValueError: nothing of that name, or a hub that cannot be reached.
     """
-    return _open(source, _FILES)
+    files = _open(source, _FILES)
+    return readable(with_its_head(files)) if isinstance(files, HfFolder) else files
 
 
 def _open(source: str | Path, patterns: tuple[str, ...]) -> Checkpoint:
@@ -51,6 +54,14 @@ def _open(source: str | Path, patterns: tuple[str, ...]) -> Checkpoint:
             f"one of {', '.join(CATALOG)}{nearest(str(source), CATALOG)}"
         )
     return HfFolder(_download(str(source), patterns))
+
+
+def public_name(source: str | Path) -> str:
+    """What others call a model: the hub's id of one in the catalogue, the whole path of a local one."""
+    if str(source) in CATALOG:
+        return CATALOG[str(source)].repo
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else str(source)
 
 
 def read_config(source: str | Path) -> dict[str, Any]:

@@ -195,7 +195,19 @@ def _largest_rank(updates: Sequence[Update]) -> int:
 # PEFT's files.
 
 _ENDS = re.compile(r"(.+)\.lora_([AB])\.weight")
-_ANOTHER_FUNCTION = ("use_dora", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens")
+_READ = {"peft_type", "lora_alpha", "use_rslora", "alpha_pattern", "init_lora_weights"}
+_WITHOUT_EFFECT = {  # on what is in the tensors: their ranks and places, dropout, who made them
+    *(
+        "r",
+        "rank_pattern",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+    ),
+    *("layers_pattern", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
+    *("base_model_name_or_path", "megatron_core", "qalora_group_size"),
+}
 _BASE_IS_KEPT = (True, False, None, "gaussian")  # values of init_lora_weights; others change W
 
 
@@ -206,9 +218,9 @@ def _updates(label: str, found: PeftFiles) -> dict[str, Update]:
         raise ValueError(
             f"{label} is an adapter of peft_type={fields.get('peft_type')!r}; LORA is merged"
         )
-    for key in _ANOTHER_FUNCTION:
-        if fields.get(key):
-            raise ValueError(f"{label} sets {key}={fields[key]!r}, which cannot be merged")
+    for key, value in fields.items():
+        if key not in _READ | _WITHOUT_EFFECT and value not in (None, False, "none", {}, []):
+            raise ValueError(f"{label} sets {key}={value!r}, which cannot be merged")
     if fields.get("init_lora_weights") not in _BASE_IS_KEPT:
         raise ValueError(
             f"{label} sets init_lora_weights={fields['init_lora_weights']!r}: its base is not the model "

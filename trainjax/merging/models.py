@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +138,5 @@ def _speaker(
 
 
 def _copy_generation_config(source: Source, out: Path) -> None:
-    name = "generation_config.json"
-    if isinstance(source.files, HfFolder) and (source.files.path / name).is_file():
-        shutil.copyfile(source.files.path / name, out / name)
+    if isinstance(source.files, HfFolder) and (kept := source.files.generation()):
+        folder.write_json(out / folder.GENERATION, kept)

@@ -14,7 +14,7 @@ from trainjax.models._adapters import is_scorer, load_adapter, save_adapter, sav
 from trainjax.models._flax import FlaxModel
 from trainjax.models._linen import from_linen
 from trainjax.models._load import load, load_scorer, random_model
-from trainjax.models._model import Model
+from trainjax.models._model import Model, check_tokens
 from trainjax.models._save import save_model
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FlaxModel",
     "Model",
+    "check_tokens",
     "from_linen",
     "from_nnx",
     "is_scorer",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from trainjax import tree
 from trainjax.io import peft as files
-from trainjax.models._model import SCORE, Model, tensor_names
+from trainjax.io.hub import public_name
+from trainjax.models._model import SCORE, Model, family, tensor_names
 from trainjax.models._save import host_array, save_model, whole
 from trainjax.peft._methods import method_of
 from trainjax.types import Params, Peft, PeftFiles
@@ -36,7 +38,7 @@ def save_adapter(path: str | Path, model: Model, method: Peft, adapter: Params) 
     """
     adapter = jax.tree.map(whole, adapter)
     exported = method.export(adapter, peft_modules(model.hf, model.params))
-    base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": model.source}
+    base = {"task_type": "CAUSAL_LM", "base_model_name_or_path": public_name(model.source)}
     fields = base | exported.fields
     if reasons := files.vllm_refuses(fields):
         logging.getLogger(__name__).warning("vLLM would not serve the adapter: %s", reasons)
@@ -71,8 +73,10 @@ def save_scorer(path: str | Path, model: Model, method: Peft | None, params: Par
 
     Without a method a folder that `AutoModelForSequenceClassification.from_pretrained` reads. With one
     an adapter's folder of `task_type` SEQ_CLS, the head in it, which PEFT loads over that class and the
-    base. In both, transformers scores the last token that is not padding: of rows that it tokenizes
-    itself, by the chat template too, so that a text ends where it did in training.
+    base. In both, transformers scores the last token that is not padding, as `scorer` does: of rows that
+    it tokenizes itself, by the chat template too, a text ends where it did in training. Where the base's
+    config names no `pad_token_id`, which transformers needs for batches, one that ends no text is to be
+    named with an adapter; a whole model's folder has it.
 
     Args:
         path: the folder; see `save_model` and `save_adapter`.
@@ -88,8 +92,9 @@ def save_scorer(path: str | Path, model: Model, method: Peft | None, params: Par
         return
     body = jax.tree.map(whole, params["body"])
     exported = method.export(body, peft_modules(model.hf, model.params))
-    base = {"task_type": _SCORING, "base_model_name_or_path": model.source}
-    fields = base | exported.fields | {"modules_to_save": [_SCORE]}
+    base = {"task_type": _SCORING, "base_model_name_or_path": public_name(model.source)}
+    copied = exported.fields.get("modules_to_save") or []
+    fields = base | exported.fields | {"modules_to_save": [*copied, _SCORE]}
     kernel = host_array(params["score"]["kernel"])
     tensors = {**exported.tensors, SCORE: np.ascontiguousarray(kernel.T)}
     files.write(Path(path), PeftFiles(fields, tensors), model.fingerprint)
@@ -139,21 +144,61 @@ def _read(path: str | Path, model: Model, *, other_base: bool) -> PeftFiles:
 
 
 def _from_files(path: str | Path, found: PeftFiles, model: Model) -> tuple[Peft, Params]:
-    if (loaded := method_of(found, peft_modules(model.hf, model.params), model.params)) is not None:
+    modules = peft_modules(model.hf, model.params)
+    tensors = dict(found.tensors)
+    for name in ("embed/embedding", "head/kernel"):
+        _drop_copies(modules[name], found.fields, tensors, functools.partial(_ends, model, name))
+    found = found._replace(tensors=tensors)
+    if (loaded := method_of(found, modules, model.params)) is not None:
         return loaded
     raise ValueError(
         f"{path}: adapters of peft_type={found.fields.get('peft_type')!r} are not supported"
     )
 
 
-def peft_modules(hf: Mapping[str, Any], params: Params) -> dict[str, str]:
-    """PEFT's module for each of our matrices, by full name, layer number included."""
-    modules = {}
-    leaves = tree.flatten(params)
-    for name, tensors in tensor_names(hf, params).items():
-        if not name.endswith("kernel"):
+def _drop_copies(
+    module: str,
+    fields: Mapping[str, Any],
+    tensors: dict[str, np.ndarray],
+    base: Callable[[], np.ndarray],
+) -> None:
+    """Takes away the copies of the base's own weights that PEFT adds beside an embedding's adapter.
+
+    Raises:
+        ValueError: they are not this base's.
+    """
+    is_listed = any(module.endswith(end) for end in fields.get("modules_to_save") or ())
+    for kind in ("base_layer.weight", *(() if is_listed else ("weight",))):
+        if (copied := tensors.pop(f"{module}.{kind}", None)) is None:
             continue
-        stack = leaves[name].shape[:-2]
-        for index, tensor in zip(np.ndindex(*stack), tensors, strict=True):
-            modules[tree.numbered(name, index)] = tensor.removesuffix(".weight")
+        own = base()
+        is_equal = copied.shape == own.shape and np.allclose(
+            np.asarray(copied, np.float32), own, rtol=2**-7, atol=1e-5
+        )
+        if not is_equal:
+            raise ValueError(
+                f"the adapter holds {module}.{kind} {copied.shape} of the base that it was trained on, and "
+                f"this one's is another {own.shape}: tokens were added to it, or its weights had changed; "
+                "save that base as a folder, and give it"
+            )
+
+
+def _ends(model: Model, name: str) -> np.ndarray:
+    """The embedding or the head as the checkpoint has it, in float32."""
+    leaves = tree.flatten(model.params)
+    leaf = leaves.get(name, leaves["embed/embedding"])
+    value = host_array(leaf).astype(np.float32)
+    return value.T if name in leaves and name.endswith("kernel") else value
+
+
+def peft_modules(hf: Mapping[str, Any], params: Params) -> dict[str, str]:
+    """PEFT's module for each of our leaves, by full name, layer number included.
+
+    The head is among them where it is the embedding too, which an adapter may part.
+    """
+    modules = {"head/kernel": family(hf).TENSORS["head/kernel"].removesuffix(".weight")}
+    for name, tensors in tensor_names(hf, params).items():
+        for layer, tensor in enumerate(tensors):
+            full = tree.numbered(name, (layer,) if name.startswith("layers/") else ())
+            modules[full] = tensor.rpartition(".")[0]
     return modules

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 
 from trainjax import tree
 from trainjax.io import gguf_write
-from trainjax.models._model import Model, tensor_names
+from trainjax.models._model import Model, config_json, tensor_names
 from trainjax.models._save import host_array
 from trainjax.types import Blocks, Params
 
@@ -43,7 +43,7 @@ class _InMemory:
     config: dict[str, Any]
 
     def __init__(self, model: Model, params: Params) -> None:
-        self.config = dict(model.hf)
+        self.config = config_json(model, params)
         self._tokenizer = model.tokenizer
         self._leaves = tree.flatten(params)
         self._places: dict[str, tuple[str, int | None]] = {}

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ from jaxtyping import PRNGKeyArray
 
 from trainjax import axes, parallel, platform, quant, tree
 from trainjax.io.hub import open_checkpoint
+from trainjax.io.quantised import refuse
 from trainjax.models import _adapters
 from trainjax.models._model import (
     CORNER,
     SCORE,
     Model,
     abstract_params,
+    check_tokenizer,
     family,
     fingerprint,
     tensor_names,
@@ -31,6 +33,15 @@ from trainjax.nn import Decoder, body, check_heads, remat
 from trainjax.types import Checkpoint, Params, Peft
 
 _IGNORED = ("rotary_emb.inv_freq", ".attn.bias", "masked_bias")  # buffers that old files carry
+
+
+@runtime_checkable
+class WithGeneration(Checkpoint, Protocol):
+    """A checkpoint that says how the model generates."""
+
+    def generation(self) -> dict[str, Any]:
+        """The contents of `generation_config.json`, or what stands for them; empty where there is none."""
+        ...
 
 
 def load(
@@ -125,21 +136,20 @@ def _from_checkpoint(
     remat: Any,
     quantise: quant.Format | None,
 ) -> Model:
-    if quantise is not None and (already := checkpoint.config.get("quantization_config")):
-        raise ValueError(
-            f"{source} is quantised already (quant_method={already.get('quant_method')!r}); give the "
-            "original weights, which are quantised while they are loaded"
-        )
+    refuse(source, checkpoint.config)
     module = _module(checkpoint.config, mesh, compute_dtype, remat)
+    tokenizer = checkpoint.tokenizer()
+    check_tokenizer(source, module.config, tokenizer)
     params, corners = _read(checkpoint, _abstract(checkpoint, module), mesh, dtype, quantise)
     return Model(
         module.config,
         module,
         params,
-        checkpoint.tokenizer(),
+        tokenizer,
         checkpoint.config,
         source,
         fingerprint(params, corners),
+        checkpoint.generation() if isinstance(checkpoint, WithGeneration) else {},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import logging
 import pkgutil
 import zlib
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ class Model:
         hf: the contents of `config.json`, for writing the model back.
         source: what was loaded, as the user called it.
         fingerprint: tells which weights these are, whatever their dtype and layout.
+        generation: the contents of `generation_config.json`, for writing the model back and for the
+            tokens that end an answer.
     """
 
     config: DecoderConfig
@@ -43,11 +46,17 @@ class Model:
     hf: Mapping[str, Any]
     source: str
     fingerprint: str
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def logits(
         self, tokens: Int[Array | np.ndarray, "batch seq"]
     ) -> Float[Array, "batch seq vocab"]:
-        """All the logits in float32, for small checks; training never makes them."""
+        """All the logits in float32, for small checks; training never makes them.
+
+        Raises:
+            ValueError: an id that is no row of the embedding.
+        """
+        check_tokens(self.config, tokens)
         return _logits(self.module, self.params, jnp.asarray(tokens, jnp.int32))
 
     def with_params(self, params: Params) -> Model:
@@ -84,6 +93,51 @@ def family(hf: Mapping[str, Any]) -> ModuleType:
             f"model_type={hf.get('model_type')!r} is not supported; {', '.join(known)} are"
         )
     return importlib.import_module(f"{package}.{kind}")
+
+
+def check_tokens(config: DecoderConfig, tokens: Any) -> None:
+    """Refuses ids that are no rows of the embedding, for which JAX would take the nearest row.
+
+    On the host, before anything is computed; ids that are being traced pass.
+
+    Args:
+        config: the architecture.
+        tokens: integers, of any shape.
+
+    Raises:
+        ValueError: naming the first such id.
+    """
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    if (wrong := ids[(ids < 0) | (ids >= config.vocab_size)]).size:
+        raise ValueError(
+            f"token {wrong[0]} is not in the vocabulary: the model's embedding has {config.vocab_size} "
+            f"rows, 0 to {config.vocab_size - 1}"
+        )
+
+
+def check_tokenizer(source: str, config: DecoderConfig, tokenizer: Any) -> None:
+    """Warns of a tokenizer with tokens that the embedding has no rows for.
+
+    Texts without them are as good as any: a padding token that was added to the tokenizer alone is common.
+    """
+    if tokenizer is None or len(tokenizer) <= config.vocab_size:
+        return
+    token = tokenizer.convert_ids_to_tokens(config.vocab_size)
+    logging.getLogger(__name__).warning(
+        "the tokenizer of %s has %d tokens and the embedding %d rows: texts with %r or a later token cannot "
+        "be read by the model, and are refused",
+        *(source, len(tokenizer), config.vocab_size, token),
+    )
+
+
+def config_json(model: Model, params: Params) -> dict[str, Any]:
+    """What `config.json` says of the model with these params, which may have a head of their own."""
+    hf = dict(model.hf)
+    if hf.get("tie_word_embeddings") and "head" in params:
+        hf["tie_word_embeddings"] = False
+    return hf
 
 
 SCORE = "score.weight"

@@ -15,13 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from trainjax import tree
 from trainjax.io import folder
 from trainjax.io import tokenizer as tokenizers
-from trainjax.models._model import Model, tensor_names
+from trainjax.models._model import Model, config_json, tensor_names
 from trainjax.types import Params
 
 
 def save_model(path: str | Path, model: Model, params: Params | None = None) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `load` read.
 
+    The base's `generation_config.json` goes along: end tokens that it alone names, sampling settings.
     Params with a `score` in the place of the head make a sequence classifier's; see `save_scorer`.
     The folder appears whole or not at all: it is written under another name and moved into place.
 
@@ -44,11 +45,14 @@ def save_model(path: str | Path, model: Model, params: Params | None = None) -> 
             )
     with folder.written(Path(path)) as temporary:
         dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype).name
-        hf = {k: v for k, v in model.hf.items() if k not in ("torch_dtype", "quantization_config")}
+        kept = config_json(model, params).items()
+        hf = {k: v for k, v in kept if k not in ("torch_dtype", "quantization_config")}
         tokenizer = model.tokenizer
         if "score" in params:
-            tokenizer = _with_padding_of_its_own(tokenizer)
+            tokenizer = _with_padding(tokenizer, hf.get("pad_token_id"))
             hf |= _classifier(hf, params["score"]["kernel"].shape[1], tokenizer)
+        elif model.generation:
+            folder.write_json(temporary / folder.GENERATION, model.generation)
         folder.write_json(temporary / "config.json", hf | {"dtype": dtype})
         folder.write_shards(temporary, _tensors(model, params))
         if tokenizer is not None:
@@ -68,19 +72,26 @@ def _classifier(hf: Mapping[str, Any], labels: int, tokenizer: Any) -> dict[str,
     }
 
 
-def _with_padding_of_its_own(tokenizer: Any) -> Any:
-    """The tokenizer with a padding token that ends no text, if it has such a token.
+def _with_padding(tokenizer: Any, named: int | None) -> Any:
+    """The tokenizer with the padding token that the scorer knows, or else one that ends no text.
 
-    transformers scores the last token that is not padding: where a text's end pads too, it would be
-    the one before.
+    transformers scores the last token that is not padding. Where the config has named a padding token, the
+    scorer has passed over it in the same way. Where it has not, the end of a text was scored, and
+    another token has to pad; without one none does, and transformers takes no batches.
     """
-    if tokenizer is None or tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+    if tokenizer is None:
+        return None
+    if named in range(len(tokenizer)):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(named)
+        return tokenizer
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         return tokenizer
     taken = (tokenizer.eos_token_id, tokenizer.bos_token_id)
     added = tokenizer.added_tokens_decoder.items()
     free = [token.content for number, token in added if token.special and number not in taken]
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.pad_token = free[0] if free else tokenizer.eos_token
+    tokenizer.pad_token = free[0] if free else None
     return tokenizer
 
 

@@ -231,8 +231,14 @@ class Decoder(nn.Module):
 
 
 def head(config: DecoderConfig, params: Params) -> Head:
-    """The output head of the params, `[embed, vocab]`, as `ops.vocab` takes it."""
-    return Tied(params["embed"]["embedding"]) if config.tie_embeddings else params["head"]["kernel"]
+    """The output head of the params, `[embed, vocab]`, as `ops.vocab` takes it.
+
+    In a model of tied embeddings it is the embedding, unless the params have a head of their own: an
+    adapter may part the two.
+    """
+    if config.tie_embeddings and "head" not in params:
+        return Tied(params["embed"]["embedding"])
+    return params["head"]["kernel"]
 
 
 def body(params: Params) -> Params:

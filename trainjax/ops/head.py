@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int
 
 from trainjax.types import Weight, pytree
@@ -35,6 +36,15 @@ class Tied(Weight):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.embedding.shape[::-1]
+
+    @property
+    def sharding(self) -> Sharding:
+        """How the head `[embed, vocab]` is laid out over devices: as the embedding, turned."""
+        sharding = self.embedding.sharding
+        if not isinstance(sharding, NamedSharding):
+            return sharding
+        rows, columns = (*sharding.spec, None, None)[:2]
+        return NamedSharding(sharding.mesh, PartitionSpec(columns, rows))
 
     def dense(self) -> Float[Array, "embed vocab"]:
         """The transpose, in memory."""

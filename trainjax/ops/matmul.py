@@ -59,6 +59,11 @@ def through(
     return w.through(product, x) if isinstance(w, Weight) else product(x, w.astype(x.dtype))
 
 
+def rows(take: Callable[[Array], Array], w: Array | Weight) -> Float[Array, "*rows out"]:
+    """`take(w)` for a matrix or what stands for one; see `Weight.rows`."""
+    return w.rows(take) if isinstance(w, Weight) else take(w)
+
+
 @own_gradient()
 def _matmul(x: Array, w: Array) -> Array:
     """Its gradients are `dot`s too; those of a product that is cast afterwards would be of float32.

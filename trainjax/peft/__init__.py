@@ -2,6 +2,7 @@
 
 from trainjax.peft._matrices import ALL_LINEAR
 from trainjax.peft.adalora import adalora
+from trainjax.peft.beside import beside
 from trainjax.peft.bitfit import Biased, bitfit
 from trainjax.peft.bottleneck import HOULSBY, PFEIFFER, Bottleneck, bottleneck
 from trainjax.peft.columns import columns
@@ -37,6 +38,7 @@ __all__ = [
     "Switched",
     "Vera",
     "adalora",
+    "beside",
     "bitfit",
     "bottleneck",
     "columns",

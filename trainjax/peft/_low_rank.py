@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from trainjax import tree
+from trainjax.peft._ends import EMBEDDING
 from trainjax.peft._matrices import Parts, checked_dropout, per_matrix, targets
 from trainjax.types import Params, PeftFiles
 
@@ -33,13 +34,13 @@ class LowRank:
     rslora: bool = False
     dropout: float = 0.0
 
-    def targets(self, params: Params) -> dict[str, Any]:
-        """The matrices that get an update.
+    def targets(self, params: Params, more: Collection[str] = ()) -> dict[str, Any]:
+        """The matrices that get an update, kernels or leaves of the names in `more`.
 
         Raises:
             ValueError: a regex that matches nothing; a rank that is below 1 or above a matrix's sides.
         """
-        found = targets(params, self.target)
+        found = targets(params, self.target, more)
         _check_patterns(self, found)
         for name, w in found.items():
             _check_ranks(name, self.ranks(name, w.shape[:-2]), *w.shape[-2:])
@@ -155,14 +156,22 @@ def export(config: LowRank, adapter: Params, modules: Mapping[str, str]) -> Peft
         for index in np.ndindex(*stack):
             module = modules[tree.numbered(name, index)]
             rank, alpha = int(ranks[index]), float(alphas[index])
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[index][:, :rank].T)
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b[index][:rank].T)
+            first, second = (tensor_name(name, module, part) for part in "AB")
+            tensors[first] = np.ascontiguousarray(a[index][:, :rank].T)
+            tensors[second] = np.ascontiguousarray(b[index][:rank].T)
             found.add(module.rpartition(".")[2])
             if rank != config.rank:
                 fields["rank_pattern"][module] = rank
             if alpha != config.alpha:
                 fields["alpha_pattern"][module] = alpha
     return PeftFiles(fields | {"target_modules": sorted(found)}, tensors)
+
+
+def tensor_name(name: str, module: str, part: str) -> str:
+    """PEFT's name of a factor, `A` or `B`, of our matrix: those of an embedding are called otherwise."""
+    if name == EMBEDDING:
+        return f"{module}.lora_embedding_{part}"
+    return f"{module}.lora_{part}.weight"
 
 
 def read(
@@ -189,7 +198,7 @@ def read(
         for index in np.ndindex(*w.shape[:-2]):
             full = tree.numbered(name, index)
             module = modules.get(full, "")
-            both = [tensors.pop(f"{module}.lora_{part}.weight", None) for part in "AB"]
+            both = [tensors.pop(tensor_name(name, module, part), None) for part in "AB"]
             if all(factor is None for factor in both):
                 continue
             found[index] = _checked_factors(module, both, w.shape[-2:])

@@ -7,7 +7,7 @@ The adapter of such a method is a nested dict: under the name of each matrix its
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +27,19 @@ Parts = Mapping[str, Any]
 """The arrays of one matrix (of one stack of matrices) by the part's name."""
 
 
-def targets(params: Params, pattern: str) -> dict[str, Any]:
+def targets(params: Params, pattern: str, more: Collection[str] = ()) -> dict[str, Any]:
     """The matrices whose name matches the regex: kernels, not norms, biases and embeddings.
+
+    Args:
+        params: of the base.
+        pattern: the regex.
+        more: names of further leaves to choose from.
 
     Raises:
         ValueError: nothing matches.
     """
-    matrices = {name: w for name, w in tree.flatten(params).items() if name.endswith("kernel")}
+    leaves = tree.flatten(params).items()
+    matrices = {name: w for name, w in leaves if name.endswith("kernel") or name in more}
     return tree.select(matrices, pattern)
 
 

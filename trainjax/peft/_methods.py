@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from trainjax.types import Params, Peft, PeftFiles
 
+_FIRST = "beside"
+
 
 def method_of(
     files: PeftFiles, modules: Mapping[str, str], params: Params
@@ -23,9 +25,11 @@ def method_of(
         ValueError: of a method that knows them and refuses a setting or a tensor, by name.
     """
     package = importlib.import_module(__package__)
-    for info in pkgutil.iter_modules(package.__path__):
-        if not info.name.startswith("_"):
-            method = importlib.import_module(f"{package.__name__}.{info.name}")
+    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
+    # What is beside a method is taken off its files first: alone they would be refused.
+    for name in sorted(names, key=lambda name: name != _FIRST):
+        if not name.startswith("_"):
+            method = importlib.import_module(f"{package.__name__}.{name}")
             if (found := method.from_peft(files, modules, params)) is not None:
                 return found
     return None

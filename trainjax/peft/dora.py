@@ -230,6 +230,10 @@ def from_peft(
     """
     if files.fields.get("peft_type") != "LORA" or not files.fields.get("use_dora"):
         return None
+    if any(".lora_embedding_" in name for name in files.tensors):
+        raise ValueError(
+            "the adapter is of DoRA on the embedding, which is not supported; LoRA on it is"
+        )
     config, factors, others = low_rank.read(files, modules, params)
     adapter: dict[str, Any] = dict(factors)
     leaves = tree.flatten(params)

@@ -6,14 +6,27 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from trainjax import tree
-from trainjax.ops.matmul import dense, matmul, through
+from trainjax.ops.head import Tied
+from trainjax.ops.matmul import dense, matmul, rows, through
 from trainjax.ops.matmul import low_rank as low_rank_product
 from trainjax.peft import _low_rank as low_rank
+from trainjax.peft._ends import EMBEDDING, parted, plain, with_head
 from trainjax.peft._low_rank import LowRank
-from trainjax.peft._matrices import ALL_LINEAR, drawn, dropout_keys, dropped, merged, replaced
+from trainjax.peft._matrices import (
+    ALL_LINEAR,
+    Parts,
+    drawn,
+    dropout_keys,
+    dropped,
+    grouped,
+    merged,
+    replaced,
+)
 from trainjax.types import Params, Peft, PeftFiles, Weight, pytree, static
 
 
@@ -40,6 +53,12 @@ class Lora(Weight):
         b = (self.b * self.scale[..., None, None]).astype(x.dtype)
         dropped_x = dropped(x, self.key, self.dropout)
         return matmul(x, self.w) + low_rank_product(dropped_x, self.a.astype(x.dtype), b)
+
+    def rows(self, take: Callable[[Array], Array]) -> Array:
+        """`take(w) + take(a) @ b * scale`, without dropout: of an embedding, PEFT 0.21 `Embedding`."""
+        taken, thin = rows(take, self.w), take(self.a)
+        update = thin.reshape(-1, thin.shape[-1]) @ (self.b * self.scale).astype(thin.dtype)
+        return taken + update.reshape(taken.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,7 +98,9 @@ def lora(
     Args:
         rank: inner size of the update.
         alpha: numerator of its scale.
-        target: regex over parameter names such as `layers/attention/query/kernel`.
+        target: regex over parameter names such as `layers/attention/query/kernel`, and those of both ends,
+            `embed/embedding` and `head/kernel`. Where these two are tied, an update of one is not one of
+            the other, as in PEFT, and a merged model has a head of its own.
         rank_pattern, alpha_pattern: other values for the matrices whose name, with the layer's
             number in it (`layers/3/mlp/up/kernel`), matches a regex; the first match wins.
         rslora: scale by `alpha / sqrt(rank)` instead, which keeps the update's size when the rank
@@ -106,8 +127,19 @@ def _method(config: LowRank) -> Peft:
 
 
 def _init(config: LowRank, key: PRNGKeyArray, params: Params) -> Params:
-    draw = functools.partial(low_rank.factors, config)
-    return drawn(key, config.targets(params), draw, low_rank.AXES)
+    def draw(key: PRNGKeyArray, name: str, w: Any) -> Parts:
+        if name == EMBEDDING:
+            return _of_embedding(int(config.ranks(name, ())), key, w)
+        return low_rank.factors(config, key, name, w)
+
+    return drawn(key, config.targets(with_head(params), [EMBEDDING]), draw, low_rank.AXES)
+
+
+def _of_embedding(rank: int, key: PRNGKeyArray, w: Any) -> Parts:
+    """`A` at zero and `B` normal, as in PEFT: a row of `A` moves with its own token's gradient alone."""
+    entries, width = w.shape
+    b = jax.random.normal(key, (rank, width), jnp.float32)
+    return {"a": jnp.zeros((entries, rank), jnp.float32), "b": b}
 
 
 def _attach(
@@ -118,14 +150,15 @@ def _attach(
         keys = dropout_keys(key, config.dropout, name, stack)
         return Lora(w, parts["a"], parts["b"], config.scales(name, stack), keys, config.dropout)
 
-    return replaced(params, adapter, leaf)
+    return replaced(parted(params, grouped(adapter)), adapter, leaf)
 
 
 def _merge(config: LowRank, params: Params, adapter: Params) -> Params:
     def leaf(name: str, w: Any, parts: Mapping[str, Array]) -> Array:
-        return merged(Lora(w, parts["a"], parts["b"], config.scales(name, w.shape[:-2])), w)
+        total = Lora(w, parts["a"], parts["b"], config.scales(name, w.shape[:-2]))
+        return merged(total, w.embedding if isinstance(w, Tied) else w)
 
-    return replaced(params, adapter, leaf)
+    return plain(replaced(parted(params, grouped(adapter)), adapter, leaf))
 
 
 def _export(config: LowRank, adapter: Params, modules: Mapping[str, str]) -> PeftFiles:
@@ -150,6 +183,6 @@ def from_peft(
     others = fields.get("use_dora") or str(fields.get("init_lora_weights")).startswith("pissa")
     if fields.get("peft_type") != "LORA" or others:
         return None
-    config, adapter, unknown = low_rank.read(files, modules, params)
+    config, adapter, unknown = low_rank.read(files, modules, with_head(params))
     low_rank.refuse_unknown(unknown)
     return _method(config), tree.unflatten(adapter)

@@ -16,7 +16,10 @@ from trainjax.text import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(common.AnswerConfig):
-    """A conversation: /reset forgets it, /exit or Ctrl-D ends it."""
+    """A conversation: /reset forgets it, /exit or Ctrl-D ends it.
+
+    The model's generation_config.json says where answers end; how tokens are drawn, these settings alone say.
+    """
 
     temperature: float = 0.7
     """Divides the logits; 0 always takes the most probable token."""

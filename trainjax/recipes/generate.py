@@ -15,7 +15,10 @@ from trainjax.text import whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(common.AnswerConfig):
-    """Prints what a model answers to one prompt."""
+    """Prints what a model answers to one prompt.
+
+    Its generation_config.json says where answers end; how tokens are drawn, these settings alone say.
+    """
 
     prompt: Prose
     """What the user says, or with --raw the text to continue."""

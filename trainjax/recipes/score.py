@@ -13,7 +13,7 @@ import numpy as np
 from trainjax import data, evals
 from trainjax.data import bad_rows
 from trainjax.io import folder
-from trainjax.models import Model
+from trainjax.models import Model, check_tokens
 from trainjax.recipes import _common as common
 from trainjax.recipes._common import MeshConfig, say
 from trainjax.recipes._rows import checking, kept
@@ -98,6 +98,7 @@ def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -
             template=config.template,
             too_long=data.refuse,
         )
+    check_tokens(model.config, examples.tokens)
     if missing := sorted(set(range(len(rows))) - set(examples.rows.tolist())):
         raise ValueError(f"{config.data}: row {missing[0]}: it has no completion to score")
     return examples

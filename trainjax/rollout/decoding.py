@@ -8,6 +8,7 @@ something must be looked at there: stop strings, or a reader who wants the text 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from trainjax import data, parallel, platform
 from trainjax.axes import num_row_shards
-from trainjax.models import Model
+from trainjax.models import Model, check_tokens
 from trainjax.nn import Cache, Decoder, head, num_virtual_tokens, start_cache
 from trainjax.ops.head import logits
 from trainjax.peft.switched import chosen as with_adapters
@@ -56,19 +57,40 @@ def prompt_ids(
     Args:
         tokenizer: the model's.
         prompt: a user's words, or the messages of a conversation.
-        raw: continue the text as it stands, without a chat template.
+        raw: continue the text as it stands, without a chat template. It gets the beginning token of a
+            tokenizer that has one, if it does not begin with it, and no end.
 
     Raises:
-        ValueError: no chat template, or one that refuses the messages; an empty raw prompt.
+        ValueError: no chat template, or one that refuses the messages; an empty raw prompt; half of a
+            surrogate pair, which is no character.
     """
     if raw:
-        ids = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=True).ids
+        begin, ids = _beginning(tokenizer), _ids(tokenizer, str(prompt))
+        ids = ids if ids[: len(begin)] == begin else begin + ids
         if not ids:
             raise ValueError("the prompt is empty, and this tokenizer begins no text by itself")
         return ids
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = data.apply_template(tokenizer, messages, generation=True)
+    return _ids(tokenizer, data.apply_template(tokenizer, messages, generation=True))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """The text's own tokens, with none that a tokenizer puts around texts."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt holds {text[error.start]!r}, half of a surrogate pair and no character; decode the "
+            "text as UTF-8, with errors='replace' where it is damaged"
+        ) from error
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before a text; what it puts behind one is left out."""
+    probe = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+    added = zip(probe.ids, probe.special_tokens_mask, strict=True)
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[1], added)]
 
 
 def generate(
@@ -84,6 +106,9 @@ def generate(
 ) -> list[Completion]:
     """Answers to prompts, in their order.
 
+    Of the model's `generation_config.json` the end tokens are used. Its sampling settings are not: the
+    sampler says how tokens are drawn, and the file stays as it is beside a model that is saved.
+
     Args:
         model: with a tokenizer.
         prompts: token ids from `prompt_ids`; a text stands for `prompt_ids(tokenizer, text)`.
@@ -96,9 +121,9 @@ def generate(
             goes through; -1 for the base without any.
 
     Raises:
-        ValueError: an empty prompt; one that with its answer exceeds the model's `max_length`;
-            sampling without a key; adapters that are not as many as prompts, or that the model does not
-            have.
+        ValueError: an empty prompt; one with a token that the vocabulary does not have; one that with its
+            answer exceeds the model's `max_length`; sampling without a key; adapters that are not as many
+            as prompts, or that the model does not have.
 
     """
     if isinstance(prompts, str):
@@ -280,6 +305,10 @@ def _check(
     for number, prompt in zip(numbers, prompts, strict=True):
         if not prompt:
             raise ValueError(f"prompt {number} is empty")
+        try:
+            check_tokens(model.config, prompt)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
         if before + len(prompt) + max_new_tokens > model.config.max_length:
             virtual = f" after {before} virtual ones" if before else ""
             raise ValueError(
@@ -290,8 +319,13 @@ def _check(
 
 
 def _end_ids(model: Model) -> list[int]:
-    """The tokens that end an answer: the tokenizer's and those that the model's config names."""
-    named = model.hf.get("eos_token_id")
+    """The tokens that end an answer: those that transformers knows, and the tokenizer's own.
+
+    The first are those of `generation_config.json`, or where it names none of `config.json`. The other
+    is what training puts at the end of an answer.
+    """
+    named = model.generation.get("eos_token_id")
+    named = model.hf.get("eos_token_id") if named is None else named
     ends = named if isinstance(named, list) else [named]
     own = None if model.tokenizer is None else model.tokenizer.eos_token_id
     return sorted({end for end in [*ends, own] if end is not None}) or [-1]

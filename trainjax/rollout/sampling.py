@@ -22,6 +22,7 @@ from trainjax.types import pytree
 Number = Float[Array, ""] | Float[np.ndarray, ""] | np.float32
 Count = Int[Array, ""] | Int[np.ndarray, ""] | np.int32
 
+_GREEDY = 1e-5  # a temperature below it takes the most probable token
 _BLOCK = 128  # the running sum goes over blocks of the vocabulary first, then within one
 
 
@@ -72,7 +73,8 @@ def sampler(
     """A sampler with the filters in the usual order: temperature, top-k, top-p, min-p.
 
     Args:
-        temperature: divides the logits; 0 is greedy, and the rest is then without effect.
+        temperature: divides the logits; 0 is greedy, and the rest is then without effect. So is what is
+            below 1e-5, as in vLLM: such quotients can be beyond float32.
         top_k: how many of the most probable tokens to keep; None for all.
         top_p: keep the fewest most probable tokens with this share of what top-k left.
         min_p: keep tokens with at least this share of the top token's probability.
@@ -95,7 +97,7 @@ def sampler(
         raise ValueError(f"top_p={top_p} is not a share in (0, 1]; 1 or None keeps all tokens")
     if min_p is not None and not 0.0 <= min_p < 1.0:
         raise ValueError(f"min_p={min_p} is not a share in [0, 1); 0 or None keeps all tokens")
-    if temperature == 0.0:
+    if temperature < _GREEDY:
         return greedy
     return Sampler(
         np.float32(temperature),
