@@ -21,9 +21,9 @@ from trainjax.ops.blocked import Branches
 from trainjax.ops.draw import draw
 from trainjax.ops.fold import fold
 from trainjax.ops.head import Head, Tied, tile
-from trainjax.ops.vocab import NO_EXTRAS, Extras, TokenStats, token_stats
+from trainjax.ops.vocab import token_stats
 from trainjax.peft.switched import chosen
-from trainjax.types import Batch, Params, Peft, pytree, static
+from trainjax.types import NO_EXTRAS, Batch, Extras, Params, Peft, TokenStats, pytree, static
 
 
 @pytree

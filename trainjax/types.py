@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, PRNGKeyArray, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from trainjax.sharing import scope
 
@@ -207,6 +207,106 @@ class Peft(NamedTuple):
         Callable[[int, optax.GradientTransformation], optax.GradientTransformation] | None
     ) = None
     layers: Callable[[Params], Mapping[str, Sequence[int] | None]] | None = None
+
+
+class Extras(NamedTuple):
+    """Statistics that are computed only for a loss that asks; see `TokenStats` for what they are."""
+
+    entropy: bool = False
+    mean_logit: bool = False
+    collision: bool = False
+
+
+NO_EXTRAS = Extras()
+
+
+class TokenStats(NamedTuple):
+    """What a loss asks of each token's distribution. All are 0 at tokens that nobody asked for.
+
+    Attributes:
+        logprobs: `log p(target)`, differentiable.
+        logsumexp: the log of the normaliser, differentiable (z-loss, label smoothing).
+        correct: 1.0 where the target is the most probable token, else 0.0; no gradient.
+        entropy: `-sum_k p_k log p_k` in nats, differentiable; None unless among the extras, as below.
+        mean_logit: the mean of the logits over the vocabulary, differentiable, so that
+            `logsumexp - mean_logit` is the cross-entropy of a uniform target (label smoothing).
+        collision: `log sum_k p_k^2`, that two draws are the same token; no gradient (WPO's weights).
+    """
+
+    logprobs: Float[Array, "batch seq"]
+    logsumexp: Float[Array, "batch seq"]
+    correct: Float[Array, "batch seq"]
+    entropy: Float[Array, "batch seq"] | None = None
+    mean_logit: Float[Array, "batch seq"] | None = None
+    collision: Float[Array, "batch seq"] | None = None
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """The policy of a loss: `policy(params, batch, key, where, extras) -> TokenStats`.
+
+    What `tj.policy` makes meets it, and so does any pytree of a user's own that can be called like this:
+    a wrapped Flax module, a table of bigrams. What it holds beside functions are inputs of the jitted step.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        key: PRNGKeyArray | None = None,
+        where: Bool[Array, "batch seq"] | None = None,
+        extras: Extras = NO_EXTRAS,
+    ) -> TokenStats:
+        """Statistics of the batch's own tokens (its `targets` where it has them), aligned with them.
+
+        Args:
+            params: what trains.
+            batch: see `Batch`.
+            key: turns on what is random in training.
+            where: the tokens wanted; by default all.
+            extras: further statistics that the loss asks for.
+        """
+        ...
+
+
+@runtime_checkable
+class SamplingPolicy(Policy, Protocol):
+    """A policy that can draw: `draw(params, batch, key) -> tokens`, for losses on drawn labels."""
+
+    def draw(self, params: Params, batch: Batch, key: PRNGKeyArray) -> Int[Array, "batch seq"]:
+        """A token drawn at each place, given the batch's own tokens before it."""
+        ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A policy that shows its final states: `hidden(params, batch, key) -> [batch, seq, embed]`."""
+
+    def hidden(
+        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch seq embed"]:
+        """Final hidden states, before the head."""
+        ...
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """The frozen policy that a loss compares with: `reference(batch, where) -> TokenStats`, no gradient."""
+
+    def __call__(self, batch: Batch, where: Bool[Array, "batch seq"] | None = None) -> TokenStats:
+        """Statistics of the batch's own tokens; of those that `where` leaves out nothing is read."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A reward model: `scorer(params, batch, key) -> [batch, groups, size]`, a number for each completion."""
+
+    def __call__(
+        self, params: Params, batch: Batch, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch groups size *objectives"]:
+        """Scores of the completions of each group, with several objectives one of each on a last axis."""
+        ...
 
 
 @pytree

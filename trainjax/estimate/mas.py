@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from trainjax.estimate.per_example import mean_over_examples
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import Batch, Encoder, Loss, Metrics, Params
 
 
-def mas(policy: Any, params: Params, batches: Iterable[Batch], *, chunk: int = 1) -> Params:
+def mas(policy: Encoder, params: Params, batches: Iterable[Batch], *, chunk: int = 1) -> Params:
     """`Omega_i = 1/N sum_n |d ||f(x_n)||^2 / d theta_i|`; it needs no labels.
 
     The output f is here the final hidden states at the positions with weight, not the logits, which
@@ -36,7 +35,7 @@ def mas(policy: Any, params: Params, batches: Iterable[Batch], *, chunk: int = 1
 
 
 def _squared_norm(
-    policy: Any, params: Params, batch: Batch, key: PRNGKeyArray | None
+    policy: Encoder, params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Float[Array, ""], Metrics]:
     hidden = policy.hidden(params, batch).astype(jnp.float32)
     where = batch["weights"] != 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from trainjax import data, platform
 from trainjax.data import pipeline
 from trainjax.losses import reward
 from trainjax.losses.combine import as_partial
-from trainjax.types import Batch, Params
+from trainjax.types import Batch, Params, Scorer
 
 
 class Comparisons(NamedTuple):
@@ -53,7 +53,7 @@ def comparisons(
 
 
 def scores(
-    scorer: Any,
+    scorer: Scorer,
     params: Params,
     examples: data.Examples,
     plan: data.Plan,
@@ -88,7 +88,7 @@ def scores(
     return np.stack([found[example] for example in range(len(examples))])
 
 
-def _score(scorer: Any, params: Params, batch: Batch) -> Array:
+def _score(scorer: Scorer, params: Params, batch: Batch) -> Array:
     return scorer(params, batch, None)
 
 

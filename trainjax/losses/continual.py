@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from trainjax import tree
 from trainjax.losses.combine import share
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import Batch, Loss, Metrics, Params, Policy, Reference
 
 # --- quadratic penalties ------------------------------------------------------------------------
 
@@ -326,7 +326,7 @@ def _log_rest(logprobs: Float[Array, "batch seq kept"]) -> Float[Array, "batch s
     return jnp.log(rest + _FLOOR)
 
 
-def lwf(policy: Any, reference: Any = None) -> Loss:
+def lwf(policy: Policy, reference: Reference | None = None) -> Loss:
     """Learning without forgetting: the model's confidence in each target stays that of the old model.
 
     `sum_t weights_t KL(old || new)`, where a token is either the target or another (`grouped_kl` of

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from trainjax.losses.sft import nll
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import Batch, Loss, Metrics, Params, SamplingPolicy
 
 
-def drawn(policy: Any) -> Loss:
+def drawn(policy: SamplingPolicy) -> Loss:
     """`-sum_t sqrt(w_t) log p(y_t | the data's tokens before t)`, with `y_t` drawn from the model there.
 
     Nothing to minimise: its gradient has mean 0. Its square is an unbiased estimate of the diagonal of the
@@ -28,7 +26,7 @@ def drawn(policy: Any) -> Loss:
 
 
 def _drawn(
-    policy: Any, params: Params, batch: Batch, key: PRNGKeyArray | None
+    policy: SamplingPolicy, params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Array, Metrics]:
     if key is None:
         raise ValueError("drawn draws labels and needs a key: loss(params, batch, key)")

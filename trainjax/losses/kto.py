@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from trainjax.losses.sequences import sequences
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import Batch, Loss, Metrics, Params, Policy, Reference
 
 
 def prospect(
@@ -40,8 +40,8 @@ def prospect(
 
 
 def kto(
-    policy: Any,
-    reference: Any,
+    policy: Policy,
+    reference: Reference,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,

@@ -40,9 +40,8 @@ from trainjax.losses.divergence import (
     truncated_importance,
 )
 from trainjax.losses.surrogates import cispo_surrogate, clipped_surrogate, is_clipped
-from trainjax.ops.vocab import Extras
 from trainjax.tree import wide
-from trainjax.types import Batch, Loss, Metrics, Params, pytree, static
+from trainjax.types import Batch, Extras, Loss, Metrics, Params, Policy, pytree, static
 
 
 class _Clip(NamedTuple):
@@ -61,7 +60,7 @@ class _Inputs:
         entropy_coef: None where there is no entropy bonus.
     """
 
-    policy: Any
+    policy: Policy
     bounds: Any
     beta: Any
     entropy_coef: Any
@@ -70,7 +69,7 @@ class _Inputs:
 
 
 def ppo(
-    policy: Any,
+    policy: Policy,
     *,
     epsilon_low: ArrayLike = 0.2,
     epsilon_high: ArrayLike = 0.2,
@@ -109,7 +108,7 @@ def ppo(
 
 
 def grpo(
-    policy: Any,
+    policy: Policy,
     *,
     epsilon_low: ArrayLike = 0.2,
     epsilon_high: ArrayLike = 0.2,
@@ -135,7 +134,7 @@ def grpo(
 
 
 def gspo(
-    policy: Any,
+    policy: Policy,
     *,
     epsilon_low: ArrayLike = 3e-4,
     epsilon_high: ArrayLike = 4e-4,
@@ -161,7 +160,7 @@ def gspo(
 
 
 def cispo(
-    policy: Any,
+    policy: Policy,
     *,
     max_ratio: ArrayLike = 5.0,
     beta: ArrayLike = 0.0,
@@ -190,7 +189,7 @@ def cispo(
 
 
 def reinforce(
-    policy: Any,
+    policy: Policy,
     *,
     beta: ArrayLike = 0.0,
     estimator: KLEstimator = kl,
@@ -275,13 +274,16 @@ def _tokens(
     has_bonus = inputs.entropy_coef is not None
     wanted = {"extras": Extras(entropy=True)} if has_bonus else {}
     stats = inputs.policy(params, batch, key, where=mask, **wanted)
-    logprobs = clean(stats.logprobs)
+    logprobs, entropy = clean(stats.logprobs), -clean(stats.logprobs)
+    if has_bonus:
+        assert stats.entropy is not None  # asked for above
+        entropy = clean(stats.entropy)
     return _Tokens(
         weights=batch["weights"],
         logprobs=logprobs,
         old_logprobs=lax.stop_gradient(logprobs) if is_fresh else read("old_logprobs"),
         advantages=read("advantages"),
-        entropy=clean(stats.entropy) if has_bonus else -logprobs,
+        entropy=entropy,
         reference_logprobs=None if inputs.beta is None else read("reference_logprobs"),
         sampler_logprobs=read("sampler_logprobs") if "sampler_logprobs" in batch else None,
     )

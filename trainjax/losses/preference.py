@@ -34,8 +34,7 @@ from trainjax.losses.pairs import (
     reverse_kl,
     wpo_weights,
 )
-from trainjax.ops.vocab import Extras
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import Batch, Extras, Loss, Metrics, Params, Policy, Reference
 
 _ls = jax.nn.log_sigmoid
 
@@ -305,8 +304,8 @@ WITHOUT_REFERENCE = frozenset(LOSSES[name] for name in ("simpo", "orpo", "cpo", 
 
 
 def pairwise(
-    policy: Any,
-    reference: Any,
+    policy: Policy,
+    reference: Reference | None,
     loss: PairLoss = sigmoid,
     *,
     divergence: Callable[[Scores], Scores] = reverse_kl,
@@ -349,7 +348,9 @@ def pairwise(
     return Loss(_Pairwise(loss, wpo), inputs)
 
 
-def dpo(policy: Any, reference: Any, beta: float = 0.1, label_smoothing: float = 0.0) -> Loss:
+def dpo(
+    policy: Policy, reference: Reference, beta: float = 0.1, label_smoothing: float = 0.0
+) -> Loss:
     """Direct preference optimisation: `pairwise` with `sigmoid`.
 
     >>> dpo(None, None, beta=0.1).inputs["numbers"]["beta"]

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from trainjax.losses.coefficients import as_input, check_names, positive
 from trainjax.losses.reward import plackett_luce_nll
 from trainjax.losses.sequences import sequences
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import Batch, Loss, Metrics, Params, Policy, Reference
 
 PerGroup = Float[Array, "*groups"]
 PerMember = Float[Array, "*groups size"]
@@ -88,7 +88,7 @@ def rrhf(lists: Lists, alpha: float | Array = 1.0) -> PerGroup:
 
 
 def listwise(
-    policy: Any, reference: Any, loss: ListLoss = plackett_luce, **coefficients: Any
+    policy: Policy, reference: Reference | None, loss: ListLoss = plackett_luce, **coefficients: Any
 ) -> Loss:
     """Any loss of lists on a batch of them: the weighted mean over its groups.
 

@@ -7,7 +7,6 @@ is the weighted sum that a `Loss` returns, as `bradley_terry` does.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import chex
 import jax
@@ -19,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from trainjax.losses.combine import as_partial
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import Batch, Loss, Metrics, Params, Scorer
 
 Scores = Float[Array, "*pairs"]
 
@@ -224,7 +223,7 @@ def brier_score(
 
 
 def bradley_terry(
-    scores_fn: Any, center_rewards_coefficient: float = 0.0, score_bound: float | None = None
+    scores_fn: Scorer, center_rewards_coefficient: float = 0.0, score_bound: float | None = None
 ) -> Loss:
     """`sum_i w_i (-log sigmoid(r_w - r_l - margin) + coefficient (r_w + r_l)^2)` over a batch's pairs.
 
@@ -260,7 +259,10 @@ def bradley_terry(
 
 
 def _bradley_terry(
-    inputs: tuple[Any, Array, Array | None], params: Params, batch: Batch, key: PRNGKeyArray | None
+    inputs: tuple[Scorer, Array, Array | None],
+    params: Params,
+    batch: Batch,
+    key: PRNGKeyArray | None,
 ) -> tuple[Array, Metrics]:
     scores_fn, coefficient, bound = inputs
     weights = batch["groups"]

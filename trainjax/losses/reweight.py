@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from trainjax.losses.combine import Schedule, as_partial, at_step
 from trainjax.losses.sequences import Segments, at_tokens, segment_sums
 from trainjax.losses.sft import nll
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import Batch, Loss, Metrics, Params, Policy
 
 PerExample = Float[Array, " examples"]
 Weigh = Callable[[PerExample, PerExample, Any], PerExample]
@@ -172,7 +172,7 @@ def _top_k(k: Any, losses: PerExample, priors: PerExample, step: Any) -> PerExam
 # --- applied to a policy -----------------------------------------------------------------------
 
 
-def reweighted(policy: Any, weigh: Weigh) -> Loss:
+def reweighted(policy: Policy, weigh: Weigh) -> Loss:
     """Cross-entropy whose examples are weighed by their present loss: `sum_i weigh(l)_i l_i`.
 
     One forward pass serves the weights, which see no gradient, and the loss. What the weighing
@@ -191,7 +191,7 @@ def reweighted(policy: Any, weigh: Weigh) -> Loss:
 
 
 def _reweighted(
-    inputs: tuple[Any, Weigh], params: Params, batch: Batch, key: PRNGKeyArray | None
+    inputs: tuple[Policy, Weigh], params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Array, Metrics]:
     policy, weigh = inputs
     weights, segments = batch["weights"], batch.get("segments")
@@ -207,7 +207,7 @@ def _reweighted(
     return nll(stats.logprobs, weights * _at_tokens(factors, segments, weights.shape[0])), metrics
 
 
-def reweigh(policy: Any, weigh: Weigh, params: Params, batch: Batch) -> Batch:
+def reweigh(policy: Policy, weigh: Weigh, params: Params, batch: Batch) -> Batch:
     """The batch with the weights of its tokens changed by a weighing of all its examples.
 
     For `step(state, sft(policy), reweigh(policy, weigh, state.params, batch))`: the weighing compares
@@ -221,7 +221,7 @@ def reweigh(policy: Any, weigh: Weigh, params: Params, batch: Batch) -> Batch:
     return rest | {"weights": weights * _at_tokens(factors, segments, weights.shape[0])}
 
 
-def hardest(policy: Any, params: Params, batch: Batch, size: int) -> Batch:
+def hardest(policy: Policy, params: Params, batch: Batch, size: int) -> Batch:
     """The `size` rows with the largest loss, as a smaller batch of the same total weight.
 
     Loss-threshold skipping at a fixed size: a forward pass over a large batch, a step on a small one.

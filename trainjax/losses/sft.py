@@ -8,7 +8,6 @@ probable its whole completion is (`dco`), or by a score that the data gives it (
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import chex
 import jax
@@ -18,8 +17,7 @@ from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from trainjax.ops.vocab import NO_EXTRAS, Extras, TokenStats
-from trainjax.types import Batch, Loss, Metrics, Params
+from trainjax.types import NO_EXTRAS, Batch, Extras, Loss, Metrics, Params, Policy, TokenStats
 
 Tokens = Float[Array, "batch seq"]
 
@@ -171,7 +169,7 @@ def exponential_weights(
     return jnp.exp(jnp.minimum((scores - baseline) / beta, log_max))
 
 
-def sft(policy: Any, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Loss:
+def sft(policy: Policy, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Loss:
     """Cross-entropy on the batch's weighted tokens: completions, assistant turns or all text.
 
     `nll + ...` as `smoothed_nll` has it, `+ z_loss sum_t w_t logsumexp_t^2`.
@@ -201,7 +199,7 @@ def sft(policy: Any, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Loss:
 
 
 def _sft(
-    policy: Any, params: Params, batch: Batch, key: PRNGKeyArray | None
+    policy: Policy, params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Array, Metrics]:
     weights = batch["weights"]
     stats = policy(params, batch, key, where=weights != 0)
@@ -210,7 +208,7 @@ def _sft(
 
 
 def _regularised(
-    inputs: tuple[Any, Array, Array], params: Params, batch: Batch, key: PRNGKeyArray | None
+    inputs: tuple[Policy, Array, Array], params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Array, Metrics]:
     policy, label_smoothing, z_loss = inputs
     stats, weights, metrics = _stats(policy, params, batch, key, Extras(mean_logit=True))
@@ -220,7 +218,7 @@ def _regularised(
     return loss + z_loss * squared_logsumexp(lse, weights), metrics
 
 
-def dft(policy: Any) -> Loss:
+def dft(policy: Policy) -> Loss:
     """Dynamic fine-tuning: `dynamic_nll`, each token's cross-entropy times its probability.
 
     Metrics: `mean_token_accuracy` and `nll`, the cross-entropy alone.
@@ -232,13 +230,13 @@ def dft(policy: Any) -> Loss:
 
 
 def _dft(
-    policy: Any, params: Params, batch: Batch, key: PRNGKeyArray | None
+    policy: Policy, params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Array, Metrics]:
     stats, weights, metrics = _stats(policy, params, batch, key)
     return dynamic_nll(stats.logprobs, weights), metrics
 
 
-def dco(policy: Any, num_samples: int) -> Loss:
+def dco(policy: Policy, num_samples: int) -> Loss:
     """Direct coverage optimisation, `coverage_nll`: trains for the best of N samples, not for one.
 
     Metrics: `mean_token_accuracy`, `nll`, and `coverage_factor`, the weighted mean of the factors: near
@@ -257,7 +255,7 @@ def dco(policy: Any, num_samples: int) -> Loss:
 
 
 def _dco(
-    inputs: tuple[Any, Array], params: Params, batch: Batch, key: PRNGKeyArray | None
+    inputs: tuple[Policy, Array], params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Array, Metrics]:
     policy, num_samples = inputs
     stats, weights, metrics = _stats(policy, params, batch, key)
@@ -268,7 +266,7 @@ def _dco(
     return loss, metrics | {"coverage_factor": stop_gradient(jnp.sum(weights * factors))}
 
 
-def unlikelihood(policy: Any, threshold: float, alpha: float = 1.0) -> Loss:
+def unlikelihood(policy: Policy, threshold: float, alpha: float = 1.0) -> Loss:
     """Cross-entropy on tokens that score well, `likelihood_or_unlikelihood` on the others.
 
     Metrics: `mean_token_accuracy` and `nll` of all tokens, and the loss's two parts, `likelihood_loss`
@@ -288,7 +286,7 @@ def unlikelihood(policy: Any, threshold: float, alpha: float = 1.0) -> Loss:
 
 
 def _unlikelihood(
-    inputs: tuple[Any, Array, Array], params: Params, batch: Batch, key: PRNGKeyArray | None
+    inputs: tuple[Policy, Array, Array], params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> tuple[Array, Metrics]:
     policy, threshold, alpha = inputs
     stats, weights, metrics = _stats(policy, params, batch, key)
@@ -300,7 +298,7 @@ def _unlikelihood(
 
 
 def reward_weighted(
-    policy: Any, beta: float = 1.0, baseline: float = 0.0, max_weight: float = 20.0
+    policy: Policy, beta: float = 1.0, baseline: float = 0.0, max_weight: float = 20.0
 ) -> Loss:
     """Cross-entropy with each token's weight times `min(exp((score - baseline) / beta), max_weight)`.
 
@@ -331,7 +329,7 @@ def reward_weighted(
 
 
 def _reward_weighted(
-    inputs: tuple[Any, tuple[Array, Array, Array]],
+    inputs: tuple[Policy, tuple[Array, Array, Array]],
     params: Params,
     batch: Batch,
     key: PRNGKeyArray | None,
@@ -343,7 +341,7 @@ def _reward_weighted(
 
 
 def _stats(
-    policy: Any,
+    policy: Policy,
     params: Params,
     batch: Batch,
     key: PRNGKeyArray | None,

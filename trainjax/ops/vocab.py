@@ -37,38 +37,7 @@ from trainjax.ops.head import (
     target_rows,
     zero_gradient,
 )
-
-
-class Extras(NamedTuple):
-    """Statistics that are computed only for a loss that asks; see `TokenStats` for what they are."""
-
-    entropy: bool = False
-    mean_logit: bool = False
-    collision: bool = False
-
-
-NO_EXTRAS = Extras()
-
-
-class TokenStats(NamedTuple):
-    """What a loss asks of each token's distribution. All are 0 at tokens that nobody asked for.
-
-    Attributes:
-        logprobs: `log p(target)`, differentiable.
-        logsumexp: the log of the normaliser, differentiable (z-loss, label smoothing).
-        correct: 1.0 where the target is the most probable token, else 0.0; no gradient.
-        entropy: `-sum_k p_k log p_k` in nats, differentiable; None unless among the extras, as below.
-        mean_logit: the mean of the logits over the vocabulary, differentiable, so that
-            `logsumexp - mean_logit` is the cross-entropy of a uniform target (label smoothing).
-        collision: `log sum_k p_k^2`, that two draws are the same token; no gradient (WPO's weights).
-    """
-
-    logprobs: Float[Array, "batch seq"]
-    logsumexp: Float[Array, "batch seq"]
-    correct: Float[Array, "batch seq"]
-    entropy: Float[Array, "batch seq"] | None = None
-    mean_logit: Float[Array, "batch seq"] | None = None
-    collision: Float[Array, "batch seq"] | None = None
+from trainjax.types import NO_EXTRAS, Extras, TokenStats
 
 
 def token_stats(
