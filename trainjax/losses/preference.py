@@ -351,11 +351,7 @@ def pairwise(
 def dpo(
     policy: Policy, reference: Reference, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Loss:
-    """Direct preference optimisation: `pairwise` with `sigmoid`.
-
-    >>> dpo(None, None, beta=0.1).inputs["numbers"]["beta"]
-    np.float32(0.1)
-    """
+    """Direct preference optimisation: `pairwise` with `sigmoid`."""
     return pairwise(policy, reference, sigmoid, beta=beta, label_smoothing=label_smoothing)
 
 

@@ -331,6 +331,11 @@ def naming(source: str) -> Iterator[None]:
         raise ValueError(f"{source}: {error}") from error
 
 
+def uncalled(*args: Any, **kwargs: Any) -> Any:
+    """A policy, reference or scorer for a loss that is made only to have its numbers checked."""
+    raise RuntimeError("a loss that was made to be checked was called")
+
+
 def versions() -> dict[str, str]:
     """Of what a run's numbers depend on, which are the same in all its processes."""
     names = ("trainjax", "jax", "jaxlib", "flax", "optax")

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from trainjax import data, parallel, policies
 from trainjax.models import Model
@@ -15,7 +14,7 @@ from trainjax.recipes import _training as training
 from trainjax.recipes._common import say
 from trainjax.recipes._configs import TrainConfig
 from trainjax.recipes._start import Start
-from trainjax.types import Loss
+from trainjax.types import Loss, Policy, Reference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class PreferenceConfig(TrainConfig):
     """Compute the reference's log-probabilities once and keep them in a file beside the data."""
 
 
-LossOf = Callable[[Any, Any], Loss]
+LossOf = Callable[[Policy, Reference], Loss]
 """`(policy, reference) -> loss`."""
 
 
@@ -47,7 +46,7 @@ def run(config: PreferenceConfig, loss_of: LossOf, read: data.Read) -> None:
     Raises:
         ValueError: a setting, a file or a row that cannot be; one sentence says which and why.
     """
-    loss_of(None, None)  # refuses a wrong number before anything is read
+    loss_of(common.uncalled, common.uncalled)  # refuses a wrong number before anything is read
     other = functools.cache(functools.partial(_other_model, config))
 
     def reference(start: Start) -> Start:
