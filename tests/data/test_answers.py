@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from jaxtyping import config
 
 from tests.data.families import FAMILIES, Family, split, tokenizer
 from trainjax import data
@@ -151,20 +152,20 @@ def mistakes(family: Family, drawn: Sequence[list[dict[str, Any]]]) -> list[Any]
 ANSWERED = [{"role": "user", "content": "ok"}, {"role": "assistant", "content": "ok"}]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unchecked():
+    """Without types checked at run time, which the other tests check: five times as fast."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
 batches = st.lists(conversations, min_size=20, max_size=20)
 
 
-@settings(draws, max_examples=20)
-@given(batches)
-def test_the_assistants_words_and_ends_of_turn_are_trained_and_nothing_else(drawn):
-    for name, family in FAMILIES.items():
-        assert (name, mistakes(family, drawn)[:1]) == (name, [])
-
-
-@pytest.mark.slow
 @draws
 @given(batches)
-def test_nor_is_anything_else_trained_in_two_thousand_conversations(drawn):
+def test_the_assistants_words_and_ends_of_turn_are_trained_and_nothing_else(drawn):
     for name, family in FAMILIES.items():
         assert (name, mistakes(family, drawn)[:1]) == (name, [])
 
@@ -219,7 +220,7 @@ def compared_mistakes(family: Family, drawn: Sequence[tuple[Any, str]], kind: st
     ]
 
 
-@settings(draws, max_examples=2)
+@settings(draws, max_examples=4)
 @given(st.lists(st.tuples(conversations, contents), min_size=20, max_size=20))
 def test_pairs_labels_and_lists_compare_the_words_of_their_completions_and_nothing_else(drawn):
     for name, family in FAMILIES.items():
