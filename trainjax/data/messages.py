@@ -39,9 +39,10 @@ def message(value: Any) -> Message:
     if not isinstance(value, Mapping) or not value.keys() & {"role", "from"}:
         raise ValueError(f"a message is an object with `role` and `content`, this is {value!r:.80}")
     made = dict(value) if "role" in value else _of_sharegpt(value)
+    made = {name: item for name, item in made.items() if item is not None or name == "role"}
     if not isinstance(made["role"], str):
         raise ValueError(f"the `role` of a message is text, this is {made['role']!r:.60}")
-    if made.get("content") is not None:
+    if "content" in made:
         made["content"] = _text(made["content"])
     if made.get("tool_calls"):
         made["tool_calls"] = [_call(call) for call in _list_of("tool_calls", made["tool_calls"])]
