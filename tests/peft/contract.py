@@ -77,9 +77,9 @@ def equal(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def begun(adapter: Params) -> TrainState:
+def begun(adapter: Params, tx: optax.GradientTransformation = TX) -> TrainState:
     """The state before the first step: of arrays of the host, whose copies are no programs."""
-    return init(jax.device_get(adapter), TX)
+    return init(jax.device_get(adapter), tx)
 
 
 def gradients_in(state: TrainState) -> dict[str, np.ndarray]:
@@ -121,18 +121,35 @@ def values_and_gradients(loss: Loss, adapter: Params, batch: Batch, members: boo
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Fills with an event for each program that JAX traces, lowers or compiles."""
+    """Fills with the names of the programs that JAX meets for the first time."""
     found: list[str] = []
 
     def listen(event: str, seconds: float, **kwargs: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            found.append(event)
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            found.append(str(kwargs.get("fun_name")))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         yield found
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def with_biases(params: Params) -> Params:
+    """The params of a model whose queries, keys and values have a bias each, as a Qwen2's have."""
+    named, rng = tree.flatten(params), np.random.default_rng(0)
+    for name in ("query", "key", "value"):
+        layers, _, outputs = named[f"layers/attention/{name}/kernel"].shape
+        bias = rng.standard_normal((layers, outputs))
+        named[f"layers/attention/{name}/bias"] = jnp.array(bias, jnp.float32)
+    return tree.unflatten(dict(sorted(named.items())))
+
+
+def configured(model: Model, params: Params | None = None, **settings: Any) -> Model:
+    """The model as another configuration has it, such as a window, of the same or other weights."""
+    config = dataclasses.replace(model.config, **settings)
+    other = dataclasses.replace(changed(model, config=config), config=config)
+    return other if params is None else other.with_params(params)
 
 
 def narrow(params: Params) -> Params:
@@ -155,7 +172,7 @@ class Run(NamedTuple):
         last: the same after the last.
         trains: the names of what trains.
         base_before: the base's params before the first step.
-        compiled: what was traced or compiled from the second step on; each has a loss made anew.
+        compiled: the programs that the second and later steps added, each with a loss made anew.
     """
 
     losses: list[float]

@@ -18,7 +18,7 @@ from trainjax import losses, tree
 from trainjax.peft._rank_budget import RankBudget
 from trainjax.peft.adalora import adalora
 from trainjax.policies import policy
-from trainjax.train import Checkpoints, init, make_step
+from trainjax.train import Checkpoints, make_step
 from trainjax.types import PeftFiles
 
 KEY = jax.random.key(0)
@@ -86,7 +86,7 @@ def shrinking_loss():
 
 def at_the_start():
     """The state before the first step."""
-    return init(jax.device_get(SHRINKING.init(KEY, helpers.tiny().params)), TX)
+    return contract.begun(SHRINKING.init(KEY, helpers.tiny().params), TX)
 
 
 @functools.cache

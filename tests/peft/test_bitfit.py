@@ -23,12 +23,7 @@ def names(method, params) -> list[str]:
 
 
 def qwen2():
-    """The tiny model's params with the biases that a Qwen2 has."""
-    named, rng = tree.flatten(helpers.tiny().params), np.random.default_rng(0)
-    for bias in QKV:
-        layers, _, outputs = named[bias.replace("bias", "kernel")].shape
-        named[bias] = jnp.array(rng.standard_normal((layers, outputs)), jnp.float32)
-    return tree.unflatten(dict(sorted(named.items())))
+    return contract.with_biases(helpers.tiny().params)
 
 
 def test_a_model_with_biases_trains_those_and_begins_with_their_values():

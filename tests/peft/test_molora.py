@@ -131,7 +131,7 @@ def test_padding_changes_neither_penalty_nor_metrics():
 
 def test_the_penalty_shares_the_tasks_forward_pass():
     """As many products in the program of the sum as in that of the task alone."""
-    model, method = helpers.tiny(), molora(rank=2, experts=3, top_k=1)
+    model, method = helpers.tiny(), molora(rank=2, target="query|up", experts=3, top_k=1)
     adapter = method.init(KEY, model.params)
     policy = tj.policy(model, method)
     task = losses.sft(policy)

@@ -74,7 +74,8 @@ def test_trained_layers_are_put_into_the_stack_and_others_stay(merged):
 
 
 def test_the_gradient_is_that_of_full_tuning_in_those_layers_and_of_a_tied_head_in_both_its_places():
-    model = helpers.tiny(num_hidden_layers=4, tie_word_embeddings=True)
+    params = {name: part for name, part in four_layers().items() if name != "head"}
+    model = contract.configured(helpers.tiny(), params, num_layers=4, tie_embeddings=True)
     batch = helpers.random_batch(rows=2)
     pattern = "layers/(1|3)/(attention|mlp_norm)|^norm|embed"
     method = partial(pattern)
