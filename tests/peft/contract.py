@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 import trainjax as tj
@@ -85,6 +86,16 @@ def begun(adapter: Params, tx: optax.GradientTransformation = TX) -> TrainState:
 def gradients_in(state: TrainState) -> dict[str, np.ndarray]:
     """What the step before left."""
     return jax.device_get(tree.flatten(state.opt_state[0]))
+
+
+def on_all_of(mesh: Mesh, adapter: Params) -> Params:
+    """What has no layout over the mesh is whole on each of its devices, as in a state of training."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Array) -> Array:
+        return leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, whole)
+
+    return jax.tree.map(place, adapter)
 
 
 def changed(model: Model, **settings: Any) -> Model:
@@ -312,7 +323,9 @@ class Contract:
         )
         jax.tree.map(near, theirs, self.first(method))
         found, same = values_and_gradients(
-            self.loss(spread, method), moved(theirs), jax.device_put(batch(), parallel.rows(mesh))
+            self.loss(spread, method),
+            on_all_of(mesh, moved(theirs)),
+            jax.device_put(batch(), parallel.rows(mesh)),
         )
         np.testing.assert_allclose(found, run.losses[0], rtol=1e-5)
         helpers.assert_close(same, run.gradients, 1e-4)
