@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from trainjax import tree
@@ -31,20 +32,25 @@ class Codes(Weight):
 
 
 def quantised(params: Params) -> Params:
-    """The params with the layers' matrices as codes."""
+    """The params with the layers' matrices as codes, which the host computes."""
 
     def leaf(name: str, w: Any) -> Any:
         if not (name.startswith("layers/") and name.endswith("kernel")):
             return w
-        scales = jnp.abs(w).max(axis=-2) / 127
-        return Codes(jnp.round(w / scales[..., None, :]).astype(jnp.int8), scales)
+        w = np.asarray(w)
+        scales = np.abs(w).max(axis=-2) / np.float32(127)
+        codes = np.round(w / scales[..., None, :]).astype(np.int8)
+        return Codes(jnp.array(codes), jnp.array(scales))
 
     return tree.map_named(leaf, params)
 
 
 def dequantised(params: Params) -> Params:
     """The matrices that the codes stand for."""
-    is_weight = lambda leaf: isinstance(leaf, Codes)  # noqa: E731
-    return jax.tree.map(
-        lambda leaf: leaf.dense() if is_weight(leaf) else leaf, params, is_leaf=is_weight
-    )
+
+    def leaf(w: Any) -> Any:
+        if not isinstance(w, Codes):
+            return w
+        return jnp.array(np.asarray(w.codes, np.float32) * np.asarray(w.scales)[..., None, :])
+
+    return jax.tree.map(leaf, params, is_leaf=lambda w: isinstance(w, Codes))

@@ -15,32 +15,35 @@ from trainjax.types import PeftFiles
 
 KEY = jax.random.key(0)
 BIASED = {"attention_bias": True, "mlp_bias": True}
-QWEN2 = {"model_type": "qwen2"}
 QKV = [f"layers/attention/{name}/bias" for name in ("key", "query", "value")]
 
 
-def names(method, **settings) -> list[str]:
-    return list(tree.flatten(method.init(KEY, helpers.tiny(**settings).params)))
+def names(method, params) -> list[str]:
+    return list(tree.flatten(jax.eval_shape(method.init, KEY, params)))
+
+
+def qwen2():
+    return contract.with_biases(helpers.tiny().params)
 
 
 def test_a_model_with_biases_trains_those_and_begins_with_their_values():
-    model = helpers.tiny(**QWEN2)
-    adapter = tree.flatten(bitfit().init(KEY, model.params))
+    params = qwen2()
+    adapter = tree.flatten(bitfit().init(KEY, params))
     assert list(adapter) == QKV
     for name, bias in adapter.items():
-        np.testing.assert_array_equal(bias, tree.flatten(model.params)[name])
+        np.testing.assert_array_equal(bias, tree.flatten(params)[name])
 
 
 def test_a_model_without_biases_gets_one_at_every_targeted_matrix():
-    assert names(bitfit("query|mlp")) == [
+    assert names(bitfit("query|mlp"), helpers.tiny().params) == [
         "layers/attention/query/kernel/bias",
         *(f"layers/mlp/{name}/kernel/bias" for name in ("down", "gate", "up")),
     ]
 
 
 def test_biases_are_added_beside_those_there_are_only_on_request():
-    assert names(bitfit("query|output", add=None), **QWEN2) == [QKV[1]]
-    assert names(bitfit("query|output", add=True), **QWEN2) == [
+    assert names(bitfit("query|output", add=None), qwen2()) == [QKV[1]]
+    assert names(bitfit("query|output", add=True), qwen2()) == [
         "layers/attention/output/kernel/bias",
         QKV[1],
     ]
@@ -48,7 +51,7 @@ def test_biases_are_added_beside_those_there_are_only_on_request():
 
 @pytest.mark.parametrize("target", ["query", "query/bias", "attention/query/kernel"])
 def test_a_target_names_a_bias_or_the_matrix_beside_it(target):
-    assert names(bitfit(target), **BIASED) == ["layers/attention/query/bias"]
+    assert names(bitfit(target), helpers.tiny(**BIASED).params) == ["layers/attention/query/bias"]
 
 
 def test_biases_without_a_matrix_count():

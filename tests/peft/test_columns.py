@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ KEY = jax.random.key(0)
 TOKENS = contract.TOKENS
 
 
+@functools.cache
 def earlier():
     """Two adapters of tasks before, of other ranks and targets."""
     params = helpers.tiny().params
@@ -31,12 +34,13 @@ def logits(model, method, adapter):
 
 def test_at_one_it_begins_as_the_sum_of_the_earlier_and_at_zero_as_the_base():
     model, before = helpers.tiny(), earlier()
-    base = tree.flatten(model.params)
+    base = jax.device_get(tree.flatten(model.params))
     total = dict(base)
     for method, adapter in before:
         for name, leaf in tree.flatten(method.merge(model.params, adapter)).items():
-            total[name] += leaf - base[name]
-    expected = model.with_params(tree.unflatten(total)).logits(TOKENS)
+            total[name] = total[name] + (np.asarray(leaf) - base[name])
+    summed = jax.tree.map(jnp.array, tree.unflatten(total))
+    expected = model.with_params(summed).logits(TOKENS)
     method = columns(lora(rank=2), before, start=1.0)
     found = logits(model, method, method.init(KEY, model.params))
     helpers.assert_close({"logits": found}, {"logits": expected}, 1e-5)

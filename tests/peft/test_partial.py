@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,18 @@ from trainjax.peft.partial import from_peft, full, partial, trained_layers
 from trainjax.policies import policy
 
 KEY = jax.random.key(0)
-FOUR = {"num_hidden_layers": 4}
 QUERY = "layers/attention/query/kernel"
+
+
+@functools.cache
+def four_layers():
+    """The tiny model's params twice over, layers 2 and 3 the negatives of 0 and 1."""
+
+    def leaf(name, x):
+        x = np.asarray(x)
+        return jnp.array(np.concatenate([x, -x]) if name.startswith("layers/") else x)
+
+    return tree.map_named(leaf, helpers.tiny().params)
 
 
 def shapes(method, params) -> dict[str, tuple[int, ...]]:
@@ -24,7 +36,7 @@ def shapes(method, params) -> dict[str, tuple[int, ...]]:
 
 
 def test_layers_by_number_are_the_only_ones_in_the_adapter():
-    params = helpers.tiny(**FOUR).params
+    params = four_layers()
     assert shapes(partial("layers/(1|3)/attention/query|^norm"), params) == {
         QUERY: (2, 32, 32),
         "norm/scale": (32,),
@@ -52,7 +64,7 @@ def test_full_tuning_is_every_leaf_in_float32():
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_trained_layers_are_put_into_the_stack_and_others_stay(merged):
-    params, method = helpers.tiny(**FOUR).params, partial("layers/(0|2)/mlp/up")
+    params, method = four_layers(), partial("layers/(0|2)/mlp/up")
     adapter = jax.tree.map(lambda leaf: leaf + 1, method.init(KEY, params))
     found = (method.merge if merged else method.attach)(params, adapter)
     for name, leaf in tree.flatten(found).items():
@@ -61,37 +73,28 @@ def test_trained_layers_are_put_into_the_stack_and_others_stay(merged):
         np.testing.assert_array_equal(leaf, old + added, name)
 
 
-def test_the_gradient_is_that_of_full_tuning_in_those_layers():
-    model, batch = helpers.tiny(**FOUR), helpers.random_batch(rows=2)
-    method = partial("layers/(1|3)/(attention|mlp_norm)|^norm")
+def test_the_gradient_is_that_of_full_tuning_in_those_layers_and_of_a_tied_head_in_both_its_places():
+    params = {name: part for name, part in four_layers().items() if name != "head"}
+    model = contract.configured(helpers.tiny(), params, num_layers=4, tie_embeddings=True)
+    batch = helpers.random_batch(rows=2)
+    pattern = "layers/(1|3)/(attention|mlp_norm)|^norm|embed"
+    method = partial(pattern)
     _, all_of_it = helpers.loss_and_gradients(losses.sft(policy(model)), model.params, batch)
     adapter = method.init(KEY, model.params)
     _, found = helpers.loss_and_gradients(losses.sft(policy(model, method)), adapter, batch)
     expected = {
         name: all_of_it[name] if numbers is None else all_of_it[name][list(numbers)]
-        for name, numbers in trained_layers(
-            "layers/(1|3)/(attention|mlp_norm)|^norm", model.params
-        ).items()
+        for name, numbers in trained_layers(pattern, model.params).items()
     }
     helpers.assert_close(found, expected, 1e-6)
-
-
-def test_a_tied_head_trains_with_the_embeddings():
-    """The gradient is that of full tuning: the sum of both of their places."""
-    model, batch = helpers.tiny(tie_word_embeddings=True), helpers.random_batch(rows=2)
-    method = partial("embed")
-    adapter = method.init(KEY, model.params)
-    _, found = helpers.loss_and_gradients(losses.sft(policy(model, method)), adapter, batch)
-    _, expected = helpers.loss_and_gradients(losses.sft(policy(model)), model.params, batch)
     name = "embed/embedding"
-    helpers.assert_close(found, {name: expected[name]}, 1e-6)
     unseen = np.setdiff1d(np.arange(61), batch["tokens"])
     assert len(unseen) > 0
     assert found[name][unseen].any()  # rows that only the head reads
 
 
 def test_norms_in_bfloat16_see_steps_that_are_small_beside_them():
-    params = tree.cast(helpers.tiny(**FOUR).params, jnp.bfloat16)
+    params = tree.cast(four_layers(), jnp.bfloat16)
     method = partial("layers/1/mlp_norm")
     adapter = jax.tree.map(lambda leaf: leaf + 1e-4, method.init(KEY, params))
     scale = method.attach(params, adapter)["layers"]["mlp_norm"]["scale"]
@@ -131,7 +134,7 @@ def test_an_adapter_of_other_names_is_refused():
 
 def test_files_of_a_model_with_other_layers_do_not_fit():
     method = partial("layers/[13]/")
-    files = method.export(method.init(KEY, helpers.tiny(**FOUR).params), {})
+    files = method.export(method.init(KEY, four_layers()), {})
     with pytest.raises(ValueError, match=r"has the shape \(2, .*this model's has \(1, "):
         from_peft(files, {}, helpers.tiny().params)
 

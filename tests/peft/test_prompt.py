@@ -23,14 +23,17 @@ TOKENS = contract.TOKENS
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_prompt_is_its_embeddings_before_those_of_each_text(window):
     """The same as one row of embeddings, prompt and text together, at positions 0, 1, 2, ..."""
-    model, method = helpers.tiny(model_type="mistral", sliding_window=window), prompt(3)
+    model, method = contract.configured(helpers.tiny(), window=window), prompt(3)
     adapter = contract.moved(method.init(KEY, model.params), std=0.5)
     attached = method.attach(model.params, adapter)
-    table, first = model.params["embed"]["embedding"], adapter["prompt"]["embedding"]
-    rows = jnp.stack([jnp.concatenate([first, table[row]]) for row in TOKENS])
-    positions = jnp.broadcast_to(jnp.arange(9), (4, 9))
-    expected, _ = model.module.apply({"params": model.params}, rows, positions)
-    found, _ = model.module.apply({"params": attached}, jnp.asarray(TOKENS), positions[:, :6])
+    table, first = map(
+        np.asarray, (model.params["embed"]["embedding"], adapter["prompt"]["embedding"])
+    )
+    rows = np.stack([np.concatenate([first, table[row]]) for row in TOKENS])
+    positions = np.broadcast_to(np.arange(9, dtype=np.int32), (4, 9))
+    apply = jax.jit(model.module.apply)
+    expected, _ = apply({"params": model.params}, rows, positions)
+    found, _ = apply({"params": attached}, TOKENS, positions[:, :6])
     np.testing.assert_allclose(found, expected[:, 3:], rtol=0, atol=1e-5)
 
 
@@ -121,16 +124,18 @@ def test_a_field_of_a_file_that_is_not_supported_is_named(tmp_path, field, value
 def test_numbers_of_a_file_that_are_not_finite_and_another_models_tokens_are_refused(tmp_path):
     model, method = helpers.tiny(), prompt(3)
     adapter = method.init(KEY, model.params)
-    broken = jax.tree.map(lambda x: x.at[1, 2].set(jnp.nan), adapter)
+    embedding = np.array(adapter["prompt"]["embedding"])
+    embedding[1, 2] = np.nan
+    broken = {"prompt": {"embedding": jnp.array(embedding)}}
     tj.save_adapter(tmp_path / "nan", model, method, broken)
     with pytest.raises(ValueError, match="prompt_embeddings holds NaN or infinite numbers"):
         tj.load_adapter(tmp_path / "nan", model)
     tj.save_adapter(tmp_path / "other", model, method, adapter)
-    wider = helpers.tiny(hidden_size=48)
+    wider = jax.tree.map(lambda x: jnp.array(np.tile(x, 2)[..., :48]), model.params)
     with pytest.raises(
         ValueError, match=r"has the shape \(3, 32\), and this model's has \(3, 48\)"
     ):
-        tj.load_adapter(tmp_path / "other", wider, other_base=True)
+        tj.load_adapter(tmp_path / "other", model.with_params(wider), other_base=True)
 
 
 class TestContract(contract.Contract):

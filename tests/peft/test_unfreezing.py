@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 from tests import helpers
+from tests.peft import contract
 from trainjax import losses, tree, types
 from trainjax.optim.layerwise import layerwise_decay
 from trainjax.peft.partial import partial, trained_layers
@@ -20,6 +22,7 @@ from trainjax.train import init, make_step
 
 KEY = jax.random.key(0)
 PATTERNS = ["^norm", "layers/1/(attention|mlp_norm)", "layers/0/attention/query|embed"]
+STEPS = 3
 QUERY, NORM = "layers/attention/query/kernel", "norm/scale"
 
 
@@ -42,22 +45,25 @@ def test_each_stage_trains_what_the_earlier_ones_do_and_more():
 
 
 def test_from_the_output_to_the_input_the_last_stage_trains_all():
-    params = helpers.tiny(num_hidden_layers=3).params
-    patterns = last_first(3)
-    assert patterns == ["^(norm|head)/", *(f"^layers/({i})/" for i in (2, 1, 0)), "^embed/"]
-    last = unfreezing(patterns)[-1]
+    params = helpers.tiny().params
+    for layers, numbers in ((2, (1, 0)), (3, (2, 1, 0))):
+        middle = (f"^layers/({i})/" for i in numbers)
+        assert last_first(layers) == ["^(norm|head)/", *middle, "^embed/"]
+    last = unfreezing(last_first(2))[-1]
     jax.tree.map(np.testing.assert_array_equal, last.init(KEY, params), params)
 
 
-def trained(stages, steps: int = 2):
-    """A run through the stages: the state at the end of each, the new one after it, and the traces."""
+@functools.cache
+def trained():
+    """A run through the stages: the state at the start and the end of each, and how often it was traced."""
     model, batch, traces = helpers.tiny(), helpers.random_batch(rows=2), []
+    stages = unfreezing(PATTERNS)
 
     def counted(inputs, params, batch, key):
         traces.append(1)
         return inputs(params, batch, key)
 
-    tx = optax.adamw(1e-2)
+    tx = contract.begun_at_zero(optax.adamw(1e-2))
     step, ends = make_step(tx), []
     state = init(stages[0].init(KEY, model.params), tx)
     for before, stage in itertools.pairwise([stages[0], *stages]):
@@ -65,26 +71,25 @@ def trained(stages, steps: int = 2):
         state = grow(before, stage, model.params, state, fresh)
         begun = jax.device_get((state.step, state.params, state.opt_state))
         loss = types.Loss(counted, losses.sft(policy(model, stage)))
-        for _ in range(steps):
+        for _ in range(STEPS):
             state, _ = step(state, loss, batch)
         ends.append((begun, jax.device_get((state.step, state.params, state.opt_state))))
     return ends, len(traces)
 
 
 def test_a_stage_compiles_once():
-    _, traces = trained(unfreezing(PATTERNS), steps=3)
+    _, traces = trained()
     assert traces == len(PATTERNS)
 
 
 def test_weights_moments_and_counts_of_what_trained_go_on_and_the_new_begin_at_zero():
     params = helpers.tiny().params
-    stages = unfreezing(PATTERNS)
-    ends, _ = trained(stages)
+    ends, _ = trained()
     joined = ["|".join(f"(?:{p})" for p in PATTERNS[: i + 1]) for i in range(len(PATTERNS))]
     layers = [trained_layers(pattern, params) for pattern in joined]
     for stage, ((_, end), (begun, _)) in enumerate(itertools.pairwise(ends)):
         (step, old, state), (same_step, new, grown) = end, begun
-        assert step == same_step == 2 * (stage + 1)
+        assert step == same_step == STEPS * (stage + 1)
         for name in ("count", "mu", "nu"):
             assert len(optax.tree_utils.tree_get_all_with_path(grown, name)) == 1
         assert optax.tree_utils.tree_get(grown, "count") == step

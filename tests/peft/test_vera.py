@@ -57,7 +57,7 @@ def test_the_update_is_a_d_b_b_of_the_first_rows_and_columns():
     for layer in (0, 1):
         expected = w[layer] + a[:32] @ np.diag(d[layer]) @ p @ np.diag(b[layer])
         np.testing.assert_allclose(merged[layer], expected, rtol=0, atol=1e-5)
-        found = x @ jax.tree.map(lambda leaf, n=layer: leaf[n], stack)
+        found = jax.jit(lambda x, stack, n=layer: x @ jax.tree.map(lambda w: w[n], stack))(x, stack)
         np.testing.assert_allclose(found, np.asarray(x, np.float64) @ expected, rtol=0, atol=1e-4)
 
 
