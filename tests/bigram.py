@@ -1,7 +1,7 @@
 """Policies that need no model, from each token to the next, and that compile in no time.
 
 One is a table of logits. The other goes through 16 numbers: it has matrices and a vector, of sizes
-that devices divide, draws tokens as a model does, and computes in the dtype of its params.
+that devices divide, draws tokens as a model does, and computes in float32 whatever its params are.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class Narrow:
     """The policy through 16 numbers."""
 
     def _logits(self, params, batch):
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         embedded = params["embed"]["embedding"][batch["tokens"]]
         hidden = jnp.tanh(embedded + params["hidden"]["bias"])
-        return jnp.roll((hidden @ params["head"]["kernel"]).astype(jnp.float32), 1, axis=1)
+        return jnp.roll(hidden @ params["head"]["kernel"], 1, axis=1)
 
     def __call__(self, params, batch, key=None, where=None, extras=None) -> TokenStats:
         return _stats(self._logits(params, batch), batch, where)
