@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,11 @@ import optax
 import pytest
 
 import trainjax as tj
-from tests import helpers
+from tests import bigram, helpers
 from trainjax.losses import continual, sft
 from trainjax.losses.continual import Anchored
-from trainjax.peft import lora
 from trainjax.train import init, make_step
-from trainjax.types import Loss
+from trainjax.types import Loss, pytree
 
 RNG = np.random.default_rng(0)
 SHAPES = {"layer": {"kernel": (3, 2), "bias": (2,)}, "scale": ()}
@@ -246,21 +247,20 @@ def test_another_strength_anchor_or_fisher_is_the_same_program():
     assert len(traces) == 1
 
 
-def test_ewc_holds_an_adapter_where_it_was_while_it_learns():
+def test_ewc_holds_params_where_they_were_while_they_learn():
     """Ten steps of size h on one batch, so that the gradient g hardly changes: without a penalty they go
     `10 h g`; with a strength of `1 / (2 h)` half of the way is taken back at each, so they go `h g (1 +
     1/2 + ...)`, a fifth.
     """
-    model, method, tx = helpers.tiny(), lora(rank=2, target="query"), optax.sgd(1e-5)
-    adapter = helpers.trained(method, model.params)
-    ones = jax.tree.map(jnp.ones_like, adapter)
+    start, tx = bigram.narrow_params(), optax.sgd(1e-5)
+    ones = jax.tree.map(jnp.ones_like, start)
     step, moved = make_step(tx, accumulate=2), []
     for strength in (0.0, 5e4):
-        loss = sft(tj.policy(model, method)) + continual.ewc(adapter, ones, strength)
-        state = init(adapter, tx)
+        loss = sft(bigram.Narrow()) + continual.ewc(start, ones, strength)
+        state = init(start, tx)
         for _ in range(10):
             state, _ = step(state, loss, helpers.random_batch(rows=4))
-        moved.append(np.linalg.norm(flat(state.params) - flat(adapter)))
+        moved.append(np.linalg.norm(flat(state.params) - flat(start)))
     assert moved[1] == pytest.approx(moved[0] / 5, rel=0.05)
 
 
@@ -437,28 +437,33 @@ def test_the_grouped_kl_is_finite_whatever_the_probabilities():
     assert not np.asarray(values)[new == old].any()
 
 
+@pytree
+class NarrowReference:
+    """A reference that needs no model."""
+
+    params: Any
+
+    def __call__(self, batch, where=None):
+        return bigram.Narrow()(self.params, batch, None, where)
+
+
 def test_lwf_is_zero_and_flat_at_the_old_model_and_not_elsewhere():
-    model, method = helpers.tiny(), lora(rank=2, target="query")
-    batch = helpers.random_batch(rows=2)
-    loss = continual.lwf(tj.policy(model, method), tj.reference(model))
-    start = method.init(jax.random.key(0), model.params)  # computes the base's function
+    start, batch = bigram.narrow_params(), helpers.random_batch(rows=2)
+    loss = continual.lwf(bigram.Narrow(), NarrowReference(start))
     value, metrics, gradient = value_and_gradient(loss, start, batch)
     assert abs(value) < 1e-6
     np.testing.assert_allclose(flat(gradient), 0, atol=1e-5)
-    moved, _, slope = value_and_gradient(loss, helpers.trained(method, model.params), batch)
+    moved, _, slope = value_and_gradient(loss, bigram.narrow_params(seed=1), batch)
     assert moved > 0.01
     assert np.abs(flat(slope)).max() > 0.01
     assert metrics.keys() == {"lwf"}
 
 
 def test_lwf_of_stored_log_probabilities_is_that_of_the_old_model():
-    model, method = helpers.tiny(), lora(rank=2, target="query")
-    batch = helpers.random_batch(rows=2)
-    after = helpers.trained(method, model.params)
-    policy, old = tj.policy(model, method), tj.reference(model)
-    stored = dict(
-        batch, reference_logprobs=np.asarray(jax.jit(lambda r, b: r(b).logprobs)(old, batch))
-    )
+    policy, old = bigram.Narrow(), NarrowReference(bigram.narrow_params())
+    batch, after = helpers.random_batch(rows=2), bigram.narrow_params(seed=1)
+    logprobs = jax.jit(lambda reference, batch: reference(batch).logprobs)(old, batch)
+    stored = batch | {"reference_logprobs": np.asarray(logprobs)}
     wanted, _, gradient = value_and_gradient(continual.lwf(policy, old), after, batch)
     found = helpers.loss_and_gradients(continual.lwf(policy), after, stored, accumulate=2)
     np.testing.assert_allclose(found[0], wanted, rtol=1e-5)
