@@ -460,7 +460,7 @@ ROWS = [
 ]
 
 
-SLOTS = 16
+SLOTS = 8
 """Of every row, whatever the packing, so that all batches go through one program."""
 
 
@@ -474,7 +474,7 @@ def model_and_adapter():
 
 def model_batch(pack=tj.data.unpacked, share: bool = True):
     examples = tj.data.encode_groups(ROWS, toy.tokenizer(), 64, share_prompt=share)
-    plan = tj.data.Plan(8, 192, pack, seed=None)
+    plan = tj.data.Plan(8, 192, pack, seed=None, buckets=1)
     batch = tj.data.fill(examples, plan, plan.epoch(examples, 0)[0])
     empty = SLOTS - batch["groups"].shape[1]
     return batch | {"groups": np.pad(batch["groups"], ((0, 0), (0, empty)))}
