@@ -53,13 +53,20 @@ def test_a_loss_reads_them_in_place_of_the_reference():
     cached = tj.data.with_reference(examples(), policies.reference_logprobs(reference))
     plan = tj.data.Plan(8, 192, tj.data.unpacked)
     batch = jax.device_put(tj.data.fill(cached, plan, plan.epoch(cached, 0)[0]))
-    for loss in (tj.losses.dpo, tj.losses.kto):
-        batch["labels"] = jnp.ones_like(batch["groups"])
-        expected, found = (
-            jax.jit(lambda loss, *args: loss(*args))(loss(ours, theirs), adapter, batch)
-            for theirs in (reference, policies.CachedReference())
+    batch["labels"] = jnp.ones_like(batch["groups"])
+    both = jax.jit(lambda loss, *args: loss(*args))
+    (expected, wanted), (found, metrics) = (
+        both(
+            sum(make(ours, theirs).named(make.__name__) for make in (tj.losses.dpo, tj.losses.kto)),
+            adapter,
+            batch,
         )
-        np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+        for theirs in (reference, policies.CachedReference())
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert metrics.keys() == wanted.keys()
+    for name in ("dpo/rewards/margins", "kto/rewards/margins"):
+        np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5, err_msg=name)
     del batch["reference_logprobs"]
     with pytest.raises(ValueError, match=r"no reference_logprobs, only .*tokens.*with_reference"):
         tj.losses.dpo(ours, policies.CachedReference())(adapter, batch)

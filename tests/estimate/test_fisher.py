@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import trainjax as tj
-from tests import families, helpers
+from tests import bigram, families, helpers
 from trainjax import parallel, tree
 from trainjax.estimate import fisher, running
 from trainjax.losses import sft
@@ -29,11 +29,11 @@ SIZES = {"vocab_size": 64}  # that the devices divide
 
 
 @functools.cache
-def setting(full: bool, mesh=None):
+def setting(kind: str, mesh=None):
     """The policy, and the params or the adapter that it is of."""
+    if kind == "narrow":
+        return bigram.Narrow(), bigram.narrow_params(mesh)
     model = helpers.tiny(mesh=mesh, **SIZES)
-    if full:
-        return tj.policy(model), model.params
     return tj.policy(model, LORA), helpers.trained(LORA, model.params)
 
 
@@ -63,42 +63,48 @@ def assert_same(found, wanted, tolerance: float = 1e-5) -> None:
 
 
 @functools.cache
-def expected(full: bool):
-    return by_loop(*setting(full), helpers.random_batch(rows=5))
+def expected(kind: str):
+    return by_loop(*setting(kind), helpers.random_batch(rows=5))
 
 
 @pytest.mark.parametrize(
-    ("full", "chunk"), [(False, 2), (True, 1), (True, 5)], ids=["lora-2", "full-1", "full-5"]
+    ("kind", "chunk"),
+    [
+        ("narrow", 1),
+        ("narrow", 2),
+        ("narrow", 5),
+        pytest.param("lora", 2, marks=pytest.mark.slow),
+    ],
 )
-def test_it_is_the_mean_of_the_squared_gradients_of_the_examples(full, chunk):
+def test_it_is_the_mean_of_the_squared_gradients_of_the_examples(kind, chunk):
     """Chunks of 2 do not divide five rows: the last is filled up."""
-    policy, params = setting(full)
+    policy, params = setting(kind)
     found = fisher(sft(policy), params, [helpers.random_batch(rows=5)], chunk=chunk)
-    assert_same(found, expected(full))
+    assert_same(found, expected(kind))
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
 
 
 def test_examples_in_several_batches_are_those_of_one():
-    policy, params = setting(False)
+    policy, params = setting("narrow")
     batch = helpers.random_batch(rows=5)
     parts = [
         {name: leaf[part] for name, leaf in batch.items()} for part in (slice(0, 2), slice(2, 5))
     ]
-    assert_same(fisher(sft(policy), params, parts), expected(False))
+    assert_same(fisher(sft(policy), params, parts), expected("narrow"))
 
 
 def test_weights_say_only_which_tokens_are_targets():
-    policy, params = setting(False)
+    policy, params = setting("narrow")
     batch = helpers.random_batch(rows=5)
     other = dict(batch, weights=batch["weights"] * np.linspace(1, 9, 5, dtype=np.float32)[:, None])
-    assert_same(fisher(sft(policy), params, [other]), expected(False))
+    assert_same(fisher(sft(policy), params, [other]), expected("narrow"))
 
 
 def test_padding_and_rows_without_targets_do_not_count():
-    policy, params = setting(False)
+    policy, params = setting("narrow")
     batch = helpers.random_batch(rows=5)
     padded = {name: np.pad(leaf, ((0, 3), (0, 4))) for name, leaf in batch.items()}
-    assert_same(fisher(sft(policy), params, [padded]), expected(False))
+    assert_same(fisher(sft(policy), params, [padded]), expected("narrow"))
 
 
 # --- toys whose Fisher is known -----------------------------------------------------------------
@@ -202,8 +208,8 @@ def test_the_true_fisher_draws_anew_in_each_batch_and_by_key():
 
 def test_the_true_fisher_of_a_model_takes_the_models_own_labels():
     """One seed: the labels drawn through the policy, put in by hand, give the same."""
-    policy, params = setting(False)
-    batch = helpers.random_batch(rows=3)
+    policy, params = setting("narrow")
+    batch = helpers.random_batch(rows=5)
     key = jax.random.key(3)
     found = fisher(sft(policy), params, [batch], sampler=policy, key=key)
     drawn = jax.jit(lambda p, w, b, k: p.draw(w, b, k))(
@@ -218,17 +224,20 @@ def test_the_true_fisher_of_a_model_takes_the_models_own_labels():
 
 
 @pytest.mark.parametrize(
-    ("full", "split"),
-    [(False, (4, 1, 1)), (True, (1, 2, 2))],
-    ids=["lora-data", "full-fsdp-tensor"],
+    ("kind", "split"),
+    [
+        ("narrow", (4, 1, 1)),
+        ("narrow", (1, 2, 2)),
+        pytest.param("lora", (4, 1, 1), marks=pytest.mark.slow),
+    ],
 )
-def test_on_four_devices_it_is_the_same_and_laid_out_as_the_params_are(full, split):
+def test_on_four_devices_it_is_the_same_and_laid_out_as_the_params_are(kind, split):
     mesh = helpers.mesh_of(*split)
-    policy, params = setting(full, mesh)
+    policy, params = setting(kind, mesh)
     batch = helpers.random_batch(rows=8)
     placed = jax.device_put(batch, parallel.rows(mesh))
     found = fisher(sft(policy), params, [placed])
-    one, alone = setting(full)
+    one, alone = setting(kind)
     assert_same(found, jax.device_get(tree.flatten(fisher(sft(one), alone, [batch]))))
     for leaf, like in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
         assert leaf.sharding == like.sharding
@@ -237,8 +246,8 @@ def test_on_four_devices_it_is_the_same_and_laid_out_as_the_params_are(full, spl
 
 
 def test_it_is_saved_and_restored_by_orbax_and_safetensors(tmp_path):
-    policy, params = setting(False)
-    found = fisher(sft(policy), params, [helpers.random_batch(rows=2)])
+    policy, params = setting("narrow")
+    found = fisher(sft(policy), params, [helpers.random_batch(rows=5)])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "orbax", found)
         checkpointer.wait_until_finished()
@@ -251,11 +260,11 @@ def test_it_is_saved_and_restored_by_orbax_and_safetensors(tmp_path):
 
 
 def test_another_fisher_of_the_same_shapes_compiles_nothing(caplog):
-    policy, params = setting(False)
-    fisher(sft(policy), params, [helpers.random_batch(rows=2)])
+    policy, params = setting("narrow")
+    fisher(sft(policy), params, [helpers.random_batch(rows=5)])
     other = jax.tree.map(lambda leaf: 2 * leaf, params)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        fisher(sft(policy), other, [helpers.random_batch(rows=2, seed=1)] * 2)
+        fisher(sft(policy), other, [helpers.random_batch(rows=5, seed=1)] * 2)
     assert not [line for line in caplog.messages if "_add_batch" in line and "XLA" in line]
 
 
@@ -286,7 +295,7 @@ def test_a_running_fisher_forgets_by_its_decay():
 
 
 def test_packed_rows_are_refused():
-    policy, params = setting(False)
+    policy, params = setting("narrow")
     packed = helpers.packed([np.arange(3), np.arange(4)], [[0, 1]], seq=8)
     with pytest.raises(ValueError, match="packs 2 examples, and a gradient per example.*unpacked"):
         fisher(sft(policy), params, [packed])

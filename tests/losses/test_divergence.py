@@ -37,23 +37,34 @@ def test_kl_estimates_and_their_gradients_are_those_of_verl(name):
         assert_both(ours, [data["logprobs"], data["reference_logprobs"]], expected)
 
 
+def categoricals():
+    """The logits of two over five outcomes."""
+    return np.random.default_rng(0).standard_normal((2, 5))
+
+
+@functools.cache
+def exactly():
+    """The KL of the two, and the gradients by the first's logits of the KL in either direction."""
+
+    @jax.jit
+    def divergences(logits, reference):
+        logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
+        return jnp.sum(jnp.exp(logp) * (logp - logq)), jnp.sum(jnp.exp(logq) * (logq - logp))
+
+    reverse, forward = helpers.in_float64(jax.jit(jax.jacobian(divergences)), *categoricals())
+    return helpers.in_float64(divergences, *categoricals())[0], reverse, forward
+
+
 def expected_value_and_gradient(estimator):
     """Of an estimator, exactly: the sum over a categorical of five outcomes, by the logits."""
-    rng = np.random.default_rng(0)
-    logits, reference = rng.standard_normal((2, 5))
 
     def expectation(logits, reference):
         logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
         p = jax.lax.stop_gradient(jnp.exp(logp))  # samples are drawn, then differentiated
         return jnp.sum(p * estimator(logp, logq))
 
-    def divergences(logits, reference):
-        logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference)
-        return jnp.sum(jnp.exp(logp) * (logp - logq)), jnp.sum(jnp.exp(logq) * (logq - logp))
-
-    ours = helpers.in_float64(jax.value_and_grad(expectation), logits, reference)
-    reverse, forward = helpers.in_float64(jax.jacobian(divergences), logits, reference)
-    return ours, helpers.in_float64(divergences, logits, reference)[0], reverse, forward
+    ours = helpers.in_float64(jax.jit(jax.value_and_grad(expectation)), *categoricals())
+    return ours, *exactly()
 
 
 def test_k1_has_the_value_of_the_kl_and_no_gradient():
@@ -115,13 +126,12 @@ def test_token_and_sequence_ratios_are_their_formulas_on_random_tokens():
 
 def test_sequence_ratio_tells_packed_sequences_apart():
     data = random_tokens(5, batch=4)
-    apart = divergence.sequence_ratio(
-        *(jnp.float32(data[k]) for k in ("logprobs", "old_logprobs")), jnp.asarray(data["mask"])
-    )
-    pack = lambda x: jnp.concatenate(jnp.split(x, 2), axis=1)  # noqa: E731
-    new, old = (pack(jnp.float32(data[k])) for k in ("logprobs", "old_logprobs"))
-    segments = jnp.asarray([[1] * 8 + [2] * 8] * 2)
-    ours = divergence.sequence_ratio(new, old, pack(jnp.asarray(data["mask"])), segments)
+    given = [np.float32(data[k]) for k in ("logprobs", "old_logprobs")] + [data["mask"]]
+    ratio = jax.jit(divergence.sequence_ratio)
+    apart = np.asarray(ratio(*given))
+    pack = lambda x: np.concatenate(np.split(x, 2), axis=1)  # noqa: E731
+    segments = np.asarray([[1] * 8 + [2] * 8] * 2, np.int32)
+    ours = ratio(*map(pack, given), segments)
     np.testing.assert_allclose(ours, pack(apart), rtol=1e-6)
 
 

@@ -1,5 +1,8 @@
 """What every optimizer of the command line promises, by its name there."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,25 +38,20 @@ def made(name, learning_rate, **settings):
 # --- two valleys --------------------------------------------------------------------------------
 
 
-def parabola(params, batch):
-    return jnp.sum(batch["weights"]) * jnp.sum((params["x"] - 3.0) ** 2)
+def parabola(params):
+    return ((params["x"] - 3.0) ** 2).sum()
 
 
-def rosenbrock(params, batch):
+def rosenbrock(params):
     """Of two parameters in turn, as many as the array has pairs; 0 where all are 1."""
     x, y = params["x"][..., 0::2], params["x"][..., 1::2]
-    return jnp.sum(batch["weights"]) * jnp.mean((1 - x) ** 2 + 100 * (y - x * x) ** 2)
+    return ((1 - x) ** 2 + 100 * (y - x * x) ** 2).mean()
 
 
-def valley(f, params, batch, key):
-    del key
-    return f(params, batch), {}
-
-
-def noisy(f, params, batch, key):
+def noisy(inputs, params, batch, key):
     """For an estimate of curvature: a slope whose square is that of a unit Gaussian's labels."""
     noise = jax.random.normal(key, params["x"].shape)
-    return jnp.sum(noise * params["x"]) * jnp.sum(jnp.sqrt(batch["weights"])), {}
+    return jnp.sum(noise * params["x"]), {}
 
 
 RATES = {  # for the parabola and for Rosenbrock's valley
@@ -73,40 +71,64 @@ RATES = {  # for the parabola and for Rosenbrock's valley
 }
 
 
-def descended(name, f, rate, steps, start):
-    tx = made(name, optim.linear(rate, steps) if name != "schedule_free" else rate, clip=None)
-    state, step = train.init({"x": start}, tx), train.make_step(tx)
-    loss, slope = (types.Loss(_bound[g, f], ()) for g in (valley, noisy))
-    for _ in range(steps):
-        state, _ = step(state, loss, {"weights": np.ones(1, np.float32)}, curvature=slope)
-    return float(f({"x": optim.eval_params(state.opt_state, state.params)["x"]}, ONE)), state
+STEPS = 800
 
 
-ONE = {"weights": jnp.ones(1)}
+@functools.cache
+def descent(name):
+    """`(start, shares, rate, steps) -> loss` after `STEPS`, as one program for both valleys.
 
+    `shares` say how much of the loss is the parabola and how much is Rosenbrock's. The rate has
+    fallen to zero after `steps`, and nothing moves from there on.
+    """
 
-def _with(g, f):
-    return lambda inputs, params, batch, key: g(f, params, batch, key)
+    def descended(start, shares, rate, steps):
+        def falling(count):
+            return rate * jnp.maximum(0.0, 1 - count / steps)
 
+        def valley(params):
+            return shares[0] * parabola(params) + shares[1] * rosenbrock(params)
 
-_bound = {(g, f): _with(g, f) for g in (valley, noisy) for f in (parabola, rosenbrock)}
+        tx = made(name, rate if name == "schedule_free" else falling, clip=None)
+        slope = types.Loss(noisy, ())
+
+        def step(carry, key):
+            params, state = carry
+            objective = types.Objective(
+                lambda params, batch, key: (valley(params), {}),
+                bind=lambda loss: loss,
+                total=lambda fn: fn({}, key),
+                key=key,
+            )
+            value, grads = jax.value_and_grad(valley)(params)
+            extra = {"value": value, "objective": objective, "curvature": slope}
+            updates, state = tx.update(grads, state, params, **extra)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = {"x": start}
+        keys = jax.random.split(jax.random.key(0), STEPS)
+        (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
+        return valley(optim.eval_params(state, params))
+
+    return jax.jit(descended)
 
 
 @EVERY
 def test_it_finds_the_bottom_of_a_parabola(name):
-    start = jnp.asarray(np.random.default_rng(0).uniform(-1, 2, (4, 8)), jnp.float32)
+    start = np.random.default_rng(0).uniform(-1, 2, (4, 8)).astype(np.float32)
     rate = RATES.get(name, (0.1, 0))[0]
-    found, _ = descended(name, parabola, rate, 400, start)
-    assert found < 1e-2 * float(parabola({"x": start}, ONE))
+    found = descent(name)(start, np.float32([1, 0]), np.float32(rate), 400)
+    assert float(found) < 1e-2 * float(parabola({"x": start}))
 
 
 @EVERY
 def test_it_goes_down_rosenbrocks_valley(name):
     """From (-1.2, 1) and places near it: below a fifth of where it began."""
     spread = np.random.default_rng(0).uniform(-0.1, 0.1, (4, 8))
-    start = jnp.asarray(np.tile([-1.2, 1.0], (4, 4)) + spread, jnp.float32)
-    found, _ = descended(name, rosenbrock, RATES.get(name, (0, 0.02))[1], 800, start)
-    assert found < 0.2 * float(rosenbrock({"x": start}, ONE))
+    start = (np.tile([-1.2, 1.0], (4, 4)) + spread).astype(np.float32)
+    rate = RATES.get(name, (0, 0.02))[1]
+    found = descent(name)(start, np.float32([0, 1]), np.float32(rate), STEPS)
+    assert float(found) < 0.2 * float(rosenbrock({"x": start}))
 
 
 # --- a small regression -------------------------------------------------------------------------
@@ -124,7 +146,11 @@ def predicted(params, batch):
     return hidden @ params["head"]["kernel"] + params["bias"]
 
 
+TRACES = []  # of the loss below; grows while a program is made
+
+
 def squares(inputs, params, batch, key):
+    TRACES.append(1)
     error = predicted(params, batch) - batch["y"]
     return jnp.sum(batch["weights"][:, None] * error.astype(jnp.float32) ** 2) / 2, {}
 
@@ -152,91 +178,100 @@ def rows(count=8):
     }
 
 
-def trained(name, steps=6, *, params=PARAMS, accumulate=1, batch=None, step=None, **settings):
-    tx = made(name, optim.warmup_cosine(1e-2, 12, 2.0), weight_decay=0.1, **settings)
-    state = train.init(jax.tree.map(jnp.asarray, params), tx)
-    step, losses = step or train.make_step(tx, accumulate=accumulate), []
-    for _ in range(steps):
-        state, metrics = step(state, LOSS, rows() if batch is None else batch, curvature=DRAWN)
+def optimizer(name):
+    return made(name, optim.warmup_cosine(1e-2, 12, 2.0), weight_decay=0.1)
+
+
+@functools.cache
+def step_of(name):
+    return train.make_step(optimizer(name))
+
+
+def started(name, params=PARAMS):
+    return train.init(jax.tree.map(jnp.asarray, params), optimizer(name))
+
+
+def layout(state):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
+class Run(NamedTuple):
+    """Six steps on one device: the losses, how often the loss was traced by each step's end, the layouts."""
+
+    losses: list[float]
+    traces: list[int]
+    before: train.TrainState
+    after: train.TrainState
+
+
+@functools.cache
+def alone(name):
+    state, losses, traces = started(name), [], [len(TRACES)]
+    before = layout(state)
+    for _ in range(6):
+        state, metrics = step_of(name)(state, LOSS, rows(), curvature=DRAWN)
         losses.append(float(metrics["loss"]))
-    return state, losses
+        traces.append(len(TRACES))
+    return Run(losses, traces, before, layout(state))
 
 
 @EVERY
 def test_a_step_keeps_dtypes_shapes_and_program(name):
-    traces = []
-
-    def counted(inputs, params, batch, key):
-        traces.append(1)
-        return squares(inputs, params, batch, key)
-
-    tx = made(name, optim.warmup_cosine(1e-2, 12, 2.0))
-    state = train.init(jax.tree.map(jnp.asarray, PARAMS), tx)
-    before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    step = train.make_step(tx)
-    for number in range(4):
-        state, _ = step(state, types.Loss(counted, ()), rows(), curvature=DRAWN)
-        count = len(traces) if number == 0 else count
-    assert len(traces) == count
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
+    run = alone(name)
+    assert run.after == run.before
+    assert set(run.traces[1:]) == {run.traces[1]}
 
 
 @EVERY
-def test_frozen_leaves_are_not_touched(name):
+def test_its_learning_rate_can_be_injected_and_frozen_leaves_are_not_touched(name):
     groups = [Group("head|layers/0/", learning_rate=0.0), Group(".*")]
-    state, _ = trained(name, groups=groups)
-    np.testing.assert_array_equal(state.params["head"]["kernel"], PARAMS["head"]["kernel"])
-    now, before = state.params["layers"]["kernel"], PARAMS["layers"]["kernel"]
-    np.testing.assert_array_equal(now[0], before[0])
-    assert (np.asarray(now[1]) != before[1]).any()
-
-
-@EVERY
-def test_its_learning_rate_can_be_injected(name):
-    tx = optax.inject_hyperparams(lambda learning_rate: made(name, learning_rate))(0.1)
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    state, step = train.init(params, tx), train.make_step(tx)
-    state.opt_state.hyperparams["learning_rate"] = jnp.zeros(())
-    state, _ = step(state, LOSS, rows(), curvature=DRAWN)
+    tx = optax.inject_hyperparams(
+        lambda learning_rate: made(name, learning_rate, groups=groups, weight_decay=0.1)
+    )(0.1)
+    state, step = train.init(jax.tree.map(jnp.asarray, PARAMS), tx), train.make_step(tx)
+    state.opt_state.hyperparams["learning_rate"] = np.zeros((), np.float32)
+    state, _ = step(jax.device_put(state), LOSS, rows(), curvature=DRAWN)
     helpers.assert_close(tree.flatten(state.params), tree.flatten(PARAMS), 1e-6)
-    state.opt_state.hyperparams["learning_rate"] = jnp.full((), 0.1)
-    state, _ = step(state, LOSS, rows(), curvature=DRAWN)
+    for _ in range(4):
+        state.opt_state.hyperparams["learning_rate"] = jax.device_put(np.float32(0.1))
+        state, _ = step(state, LOSS, rows(), curvature=DRAWN)
+    np.testing.assert_array_equal(state.params["head"]["kernel"], PARAMS["head"]["kernel"])
+    now, before = np.asarray(state.params["layers"]["kernel"]), PARAMS["layers"]["kernel"]
+    np.testing.assert_array_equal(now[0], before[0])
+    assert (now[1] != before[1]).any()
     assert not np.array_equal(state.params["bias"], PARAMS["bias"])
 
 
 @EVERY
 def test_a_checkpoint_in_the_middle_of_the_schedule_goes_on_as_if_nothing_had_been(name, tmp_path):
-    tx = made(name, optim.warmup_cosine(1e-2, 12, 2.0), weight_decay=0.1)
-    step, (state, _) = train.make_step(tx), trained(name, 3)
+    state, step = started(name), step_of(name)
+    for _ in range(3):
+        state, _ = step(state, LOSS, rows(), curvature=DRAWN)
     saved = Checkpoints(tmp_path / "checkpoints")
     saved.save(state, {})
     saved.wait()
-    restored = saved.restore(train.init(jax.tree.map(jnp.zeros_like, PARAMS), tx))
+    state = saved.restore(started(name, jax.tree.map(np.zeros_like, PARAMS))).state
     saved.close()
-    again = restored.state
-    for _ in range(3):
-        state, expected = step(state, LOSS, rows(), curvature=DRAWN)
-        again, found = step(again, LOSS, rows(), curvature=DRAWN)
-        assert float(found["loss"]) == float(expected["loss"])
+    for expected in alone(name).losses[3:]:
+        state, found = step(state, LOSS, rows(), curvature=DRAWN)
+        assert float(found["loss"]) == expected
 
 
 @EVERY
-def test_four_micro_batches_give_what_one_batch_gives(name):
-    _, one = trained(name)
-    _, four = trained(name, accumulate=4)
-    np.testing.assert_allclose(four, one, rtol=2e-3 if "8bit" in name else 1e-4)
-
-
-@EVERY
-def test_four_devices_give_what_one_gives(name):
+def test_four_micro_batches_on_four_devices_give_what_one_batch_on_one_gives(name):
     mesh = helpers.mesh_of(1, 2, 2)
-    spread = jax.tree.map(jnp.asarray, PARAMS)
-    for path, spec in {"layers": P(None, "fsdp", "tensor"), "head": P("fsdp", "tensor")}.items():
-        spread[path]["kernel"] = jax.device_put(spread[path]["kernel"], NamedSharding(mesh, spec))
-    spread["bias"] = jax.device_put(spread["bias"], NamedSharding(mesh, P()))
+    specs = {"layers": P(None, "fsdp", "tensor"), "head": P("fsdp", "tensor"), "bias": P()}
+    places = {
+        path: jax.tree.map(lambda _, spec=spec: NamedSharding(mesh, spec), PARAMS[path])
+        for path, spec in specs.items()
+    }
+    state = started(name, jax.device_put(PARAMS, places))
     batch = jax.device_put(rows(), parallel.rows(mesh))
-    state, found = trained(name, params=spread, batch=batch)
-    _, expected = trained(name)
-    np.testing.assert_allclose(found, expected, rtol=2e-3 if "8bit" in name else 1e-4)
+    step, found = train.make_step(optimizer(name), accumulate=4), []
+    for _ in range(6):
+        state, metrics = step(state, LOSS, batch, curvature=DRAWN)
+        found.append(float(metrics["loss"]))
+    rtol = 2e-3 if "8bit" in name else 1e-4
+    np.testing.assert_allclose(found, alone(name).losses, rtol=rtol)
     assert state.params["head"]["kernel"].sharding.spec == P("fsdp", "tensor")
     assert tree.count(state.params) == tree.count(PARAMS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +17,12 @@ from trainjax.train import init, make_step
 from trainjax.types import Loss
 
 
-def choice(seed: int, params=None) -> dict[str, np.ndarray]:
+@functools.cache
+def choice(seed: int) -> dict[str, np.ndarray]:
     """Which matrices train, `[layers]` for each name."""
-    params = helpers.tiny().params if params is None else params
-    trains = tree.flatten(half_fine_tuning(seed).init(params).trains)
-    return {name: np.ravel(leaf) for name, leaf in trains.items() if np.ndim(leaf)}
+    trains = half_fine_tuning(seed).init(helpers.tiny().params).trains
+    named = tree.flatten(jax.device_get(trains))
+    return {name: np.ravel(leaf) for name, leaf in named.items() if np.ndim(leaf)}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -43,7 +46,9 @@ def test_the_choice_is_of_the_seed():
     def bits(seed):
         return np.concatenate(list(choice(seed).values())).tolist()
 
-    assert bits(0) == bits(0)
+    first = bits(0)
+    choice.cache_clear()
+    assert bits(0) == first
     assert len({tuple(bits(seed)) for seed in range(20)}) > 15
 
 

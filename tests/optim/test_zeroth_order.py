@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests import helpers
+from tests import bigram, helpers
 from trainjax import losses, optim, peft, train, tree, types
 from trainjax.policies import policy
 
@@ -26,21 +26,31 @@ ROWS = {
 EXACT = ROWS["c"].mean(0) + 3 * START**2
 
 
-def gradients(estimator, count, accumulate=1):
-    step = train.make_step(helpers.keep_gradients, accumulate=accumulate, gradient=estimator)
-    state, found = train.init({"x": jnp.asarray(START)}, helpers.keep_gradients), []
-    for _ in range(count):
-        state, metrics = step(state, types.Loss(cubic, ()), ROWS)
-        found.append(np.asarray(state.opt_state["x"], np.float64))
-    return np.asarray(found), metrics
+def gradients(estimator, count, parts=1):
+    """By so many keys, each of the whole batch in so many micro-batches; and the last one's metrics."""
+
+    def one(key):
+        def total(fn):
+            of_each = [
+                fn({name: x[i::parts] for name, x in ROWS.items()}, jax.random.fold_in(key, i))
+                for i in range(parts)
+            ]
+            return jax.tree.map(lambda *x: sum(x), *of_each)
+
+        objective = types.Objective(types.Loss(cubic, ()), lambda loss: loss, total, key)
+        return estimator(objective, {"x": jnp.asarray(START)})
+
+    keys = jax.random.split(jax.random.key(0), count)
+    found, metrics = jax.device_get(jax.jit(jax.vmap(one))(keys))
+    return np.asarray(found["x"], np.float64), {name: x[-1] for name, x in metrics.items()}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     "estimator", [optim.two_point(1e-2), optim.forward_gradient()], ids=["two_point", "forward"]
 )
-def test_over_many_directions_it_is_the_gradient(estimator, accumulate):
-    found, metrics = gradients(estimator, 3000, accumulate)
+def test_over_many_directions_it_is_the_gradient(estimator, parts):
+    found, metrics = gradients(estimator, 3000, parts)
     error = found.std(0) / np.sqrt(len(found))
     assert (np.abs(found.mean(0) - EXACT) < 4.5 * error).all()
     assert error.max() < 0.1 * np.abs(EXACT).max()
@@ -56,30 +66,44 @@ def test_more_directions_have_less_variance(make):
 
 def test_a_forward_gradient_is_exact_along_its_direction():
     """`(g.z) z` for one z: parallel to z, and g's component along it: `|found| = |g.z| |z|`."""
-    found, metrics = gradients(optim.forward_gradient(), 1)
+    step = train.make_step(helpers.keep_gradients, gradient=optim.forward_gradient())
+    state = train.init({"x": jnp.asarray(START)}, helpers.keep_gradients)
+    state, metrics = step(state, types.Loss(cubic, ()), ROWS)
     key = jax.random.fold_in(jax.random.key(0), 0)
     keys = jax.random.split(tree.key_for(key, "optimizer"), 1)
     z = np.asarray(jax.random.normal(tree.key_for(keys[0], "x"), (4,)), np.float64)
-    np.testing.assert_allclose(found[0], (EXACT @ z) * z, rtol=1e-5)
+    np.testing.assert_allclose(state.opt_state["x"], (EXACT @ z) * z, rtol=1e-5)
     exact, _ = cubic((), {"x": jnp.asarray(START)}, ROWS, None)
     assert float(metrics["loss"]) == pytest.approx(float(exact), rel=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda **n: optim.two_point(3e-3, **n), optim.forward_gradient])
-@pytest.mark.parametrize("method", [None, peft.lora(rank=2, alpha=2.0)], ids=["full", "lora"])
-def test_of_a_language_model_its_mean_points_along_the_gradient(make, method):
-    model = helpers.tiny()
-    params = (
-        model.params
-        if method is None
-        else helpers.randomised(method.init(jax.random.key(1), model.params))
-    )
+def toy():
+    return losses.sft(bigram.Narrow()), bigram.narrow_params()
+
+
+def adapter():
+    model, method = helpers.tiny(), peft.lora(rank=2, alpha=2.0)
+    params = helpers.randomised(method.init(jax.random.key(1), model.params))
+    return losses.sft(policy(model, method)), params
+
+
+@pytest.mark.parametrize(
+    ("estimator", "setting"),
+    [
+        (optim.two_point(3e-3, directions=64), toy),
+        (optim.forward_gradient(directions=64), toy),
+        pytest.param(optim.two_point(3e-3, directions=64), adapter, marks=pytest.mark.slow),
+        pytest.param(optim.forward_gradient(directions=64), adapter, marks=pytest.mark.slow),
+    ],
+    ids=["two_point", "forward", "two_point-lora", "forward-lora"],
+)
+def test_of_a_language_model_its_mean_points_along_the_gradient(estimator, setting):
     batch = helpers.packed([np.arange(3, 15, dtype=np.int32)] * 2, [[0], [1]], 12)
-    loss = losses.sft(policy(model, method))
+    loss, params = setting()
     _, exact = helpers.loss_and_gradients(loss, params, batch)
-    step = train.make_step(helpers.keep_gradients, gradient=make(directions=64))
+    step = train.make_step(helpers.keep_gradients, accumulate=2, gradient=estimator)
     state, _ = step(train.init(params, helpers.keep_gradients), loss, batch)
-    found = tree.flatten(state.opt_state)
+    found = jax.device_get(tree.flatten(state.opt_state))
     flat = [
         np.concatenate([np.ravel(g[n]) for n in sorted(g)]).astype(np.float64)
         for g in (found, exact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import jax
@@ -21,6 +22,12 @@ from trainjax.types import Frozen, Loss
 LORA = lora(rank=2, target="query|up", dropout=0.1)
 BATCH = helpers.random_batch(rows=4)
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+
+@functools.cache
+def step_of(accumulate: int = 1):
+    """One for all tests that run the same program."""
+    return make_step(TX, accumulate=accumulate)
 
 
 def setting(mesh=None):
@@ -127,7 +134,7 @@ def test_the_base_is_frozen_and_has_no_optimizer_state():
     assert (
         tree.count(state.opt_state) == 2 * tree.count(state.params) + 1
     )  # Adam's two moments and a count
-    state, _ = make_step(TX)(state, loss, BATCH)
+    state, _ = step_of()(state, loss, BATCH)
     jax.tree.map(np.testing.assert_array_equal, model.params, before)
     changed = tree.flatten(jax.tree.map(lambda a, b: bool((a != b).any()), state.params, first))
     assert all(
@@ -165,7 +172,7 @@ def test_metrics_are_the_losss_own_and_three_more():
     assert metrics.keys() == {"loss", "grad_norm", "is_finite"}
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(3 * 2.0**2), rtol=1e-6)  # not clipped
     _, loss, state = setting()
-    _, metrics = make_step(TX)(state, loss, BATCH)
+    _, metrics = step_of()(state, loss, BATCH)
     assert metrics.keys() == {"loss", "grad_norm", "is_finite", "mean_token_accuracy"}
 
 
