@@ -19,11 +19,12 @@ PARTS = ([*range(7)], [*range(7, 12), 19], [*range(12, 19)])  # in no order, and
 def in_parts(q, k, v, segments, prefix=None, **settings):
     """The row's parts one by one, put together again."""
     outs = []
-    for part in map(jnp.array, PARTS):
+    for part in (np.array(part, np.int32) for part in PARTS):
         own = prefix
         if prefix is not None and prefix.positions is not None:
             own = prefix._replace(positions=prefix.positions[:, part])
-        outs.append(tiled(q[:, part], k, v, part, segments, prefix=own, **settings))
+        at = jnp.asarray(part)
+        outs.append(tiled(q[:, part], k, v, at, segments, prefix=own, **settings))
     return jnp.concatenate(outs, axis=1)[:, np.argsort(np.concatenate(PARTS))]
 
 
@@ -57,12 +58,16 @@ def test_virtual_tokens_come_before_every_example(window):
     )
 
     def gradients(attend):
-        def run(q, k, v, keys, values):
-            own = Prefix(keys, values, prefix.positions)
-            return attend(q, k, v, jnp.asarray(ids), prefix=own, window=window)
+        @jax.jit
+        def run(g, *args):
+            def attended(q, k, v, keys, values):
+                own = Prefix(keys, values, prefix.positions)
+                return attend(q, k, v, jnp.asarray(ids), prefix=own, window=window)
 
-        out, pull = jax.vjp(run, *map(jnp.asarray, (q, k, v, prefix.keys, prefix.values)))
-        return out, *pull(jnp.asarray(g))
+            out, pull = jax.vjp(attended, *args)
+            return out, *pull(g)
+
+        return run(g, q, k, v, prefix.keys, prefix.values)
 
     found = gradients(functools.partial(in_parts, tile=(4, 3)))
     for one, other in zip(found, gradients(blocked), strict=True):
@@ -95,10 +100,10 @@ def test_derivatives_of_any_order_are_of_the_same_function():
     def value(q, k, v):
         return jnp.sum(in_parts(q, k, v, None, tile=(3, 4)) * g)
 
-    own = jax.grad(value, (0, 1, 2))(*map(jnp.asarray, (q, k, v)))
+    own = jax.jit(jax.grad(value, (0, 1, 2)))(q, k, v)
     with any_order():
-        along = jax.jvp(value, tuple(map(jnp.asarray, (q, k, v))), tangents)[1]
-    np.testing.assert_allclose(along, sum(x.sum() for x in own), rtol=1e-4)
+        along = jax.jit(lambda *args: jax.jvp(value, args, tangents)[1])(q, k, v)
+    np.testing.assert_allclose(along, sum(np.asarray(x).sum() for x in own), rtol=1e-4)
 
 
 def test_attention_of_long_rows_goes_in_tiles_and_is_the_same():
