@@ -104,12 +104,16 @@ KINDS = [("linen", name) for name in LAYERS] + [("nnx", name) for name in LAYERS
 
 
 class Made(NamedTuple):
-    """A layer with random weights as a model, an input, and its own function of it."""
+    """A layer with random weights as a model, an input, and its own function of its weights and that."""
 
     model: FlaxModel
     x: jax.Array
-    own: Callable[[jax.Array], jax.Array]
+    own: Callable[[Any, jax.Array], jax.Array]
     weights: Any
+
+
+WITH_DORA = {"conv", "attention", "einsum of experts"}
+"""Of NNX. Every layer has LoRA, and in Linen DoRA too."""
 
 
 def drawn(shapes: Any, std: float = 0.25) -> Any:
@@ -123,9 +127,19 @@ def made(kind: str, case: Case) -> Made:
     if kind == "linen":
         variables = drawn(jax.eval_shape(case.linen.init, jax.random.key(0), x))
         model = from_linen(case.linen, variables, x)
-        return Made(model, x, lambda x: case.linen.apply(variables, x), variables["params"])
+        weights = variables["params"]
+        return Made(model, x, lambda w, x: case.linen.apply({"params": w}, x), weights)
     module = case.nnx(nnx.Rngs(0))
-    return Made(from_nnx(module), x, module, nnx.state(module))
+    graph, weights = nnx.split(module)
+    return Made(from_nnx(module), x, lambda w, x: nnx.merge(graph, w)(x), weights)
+
+
+class Found(NamedTuple):
+    """What one program finds: a layer's own outputs, the model's, and by method the adapters'."""
+
+    own: np.ndarray
+    plain: np.ndarray
+    methods: dict[str, dict[str, np.ndarray]]
 
 
 @pytest.fixture(params=KINDS, ids=[f"{kind} {name}" for kind, name in KINDS], scope="module")
@@ -146,24 +160,12 @@ def found(which, layer) -> Found:
     return answers(layer, {name: METHODS[name] for name in names})
 
 
-class Found(NamedTuple):
-    """What one program finds: a layer's own outputs, the model's, and by method the adapters'."""
-
-    own: np.ndarray
-    plain: np.ndarray
-    methods: dict[str, dict[str, np.ndarray]]
-
-
-WITH_DORA = {"conv", "attention", "einsum of experts"}
-"""Of NNX. Every layer has LoRA, and in Linen DoRA too."""
-
-
 def answers(layer: Made, methods: dict[str, Peft]) -> Found:
     def first(method, params):
         return method.init(jax.random.key(0), params)
 
     @jax.jit
-    def run(model, x, factors):
+    def run(model, weights, x, factors):
         params, by_method = model.params, {}
         for name, method in methods.items():
             start = first(method, params)
@@ -173,7 +175,7 @@ def answers(layer: Made, methods: dict[str, Peft]) -> Found:
                 "attached": model.apply(method.attach(params, adapter), x),
                 "merged": model.apply(method.merge(params, adapter), x),
             }
-        return Found(layer.own(x), model.apply(params, x), by_method)
+        return Found(layer.own(weights, x), model.apply(params, x), by_method)
 
     factors = {
         name: drawn(
@@ -181,7 +183,7 @@ def answers(layer: Made, methods: dict[str, Peft]) -> Found:
         )
         for name, method in methods.items()
     }
-    return jax.device_get(run(layer.model, layer.x, factors))
+    return jax.device_get(run(layer.model, layer.weights, layer.x, factors))
 
 
 def test_a_model_computes_what_its_module_does(found):
@@ -384,8 +386,8 @@ REFUSED = {
 )
 def test_a_kernel_that_is_no_matrix_is_refused_with_the_reason(kind, name):
     linen, nnx_layer, message = REFUSED[name]
-    model, x, own, _ = made(kind, Case(linen, nnx_layer, (2, 4, 4)))
-    np.testing.assert_array_equal(model.apply(model.params, x), own(x))
+    model, x, own, weights = made(kind, Case(linen, nnx_layer, (2, 4, 4)))
+    np.testing.assert_array_equal(model.apply(model.params, x), own(weights, x))
     weights = model.params | {"kernel": Scaled(model.params["kernel"], 1.0)}
     with pytest.raises(
         ValueError, match=f"'kernel' cannot have an adapter: .*{message}.*leaves it out"
