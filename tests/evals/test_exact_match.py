@@ -16,7 +16,7 @@ def model():
 def test_the_score_is_the_share_of_answers_that_are_the_reference(model):
     asked = [[{"role": "user", "content": text}] for text in ("a", "bb", "ccc", "dddd")]
     ids = [prompt_ids(model.tokenizer, messages) for messages in asked]
-    answers = [answer.text for answer in tj.generate(model, ids, max_new_tokens=8)]
+    answers = [answer.text for answer in tj.generate(model, ids, max_new_tokens=8, batch_size=3)]
     said = [f" {answers[0]}\n", "wrong", answers[2], answers[3]]
     rows = [
         {"messages": [*messages, {"role": "assistant", "content": text}], "task": task}

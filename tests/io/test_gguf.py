@@ -526,14 +526,8 @@ def test_a_missing_file_is_named(tmp_path):
 # --- the real model -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real_file() -> Path:
-    return helpers.smollm2_gguf()
-
-
 @pytest.mark.real
 def test_the_real_model_is_smollm2(real_file):
-    file = GgufFile(real_file)
     # As in the config.json of HuggingFaceTB/SmolLM2-135M-Instruct.
     expected = {
         "hidden_size": 576,
@@ -553,8 +547,8 @@ def test_the_real_model_is_smollm2(real_file):
         "eos_token_id": 2,
         "pad_token_id": 2,
     }
-    assert expected.items() <= file.config.items()
-    assert sum(map(math.prod, file.shapes().values())) == 134_515_008
+    assert expected.items() <= real_file.config.items()
+    assert sum(map(math.prod, real_file.shapes().values())) == 134_515_008
 
 
 @pytest.mark.real
@@ -563,11 +557,11 @@ def test_the_real_tensors_are_bitwise_those_of_transformers(real_file):
     pytest.importorskip("torch", reason="transformers reads GGUF files with torch only")
     from transformers import AutoModelForCausalLM
 
+    path = helpers.smollm2_gguf()
     theirs = AutoModelForCausalLM.from_pretrained(
-        real_file.parent, gguf_file=real_file.name, dtype="float32"
+        path.parent, gguf_file=path.name, dtype="float32"
     ).state_dict()
-    file = GgufFile(real_file)
     # Tied: transformers has the one matrix by two names.
-    assert file.shapes().keys() == theirs.keys() - {"lm_head.weight"}
-    for name in file.shapes():
-        np.testing.assert_array_equal(file.read(name), theirs[name].numpy(), err_msg=name)
+    assert real_file.shapes().keys() == theirs.keys() - {"lm_head.weight"}
+    for name in real_file.shapes():
+        np.testing.assert_array_equal(real_file.read(name), theirs[name].numpy(), err_msg=name)

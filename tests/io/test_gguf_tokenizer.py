@@ -10,7 +10,6 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tests import helpers
-from trainjax.io.gguf import read_header
 from trainjax.io.gguf_tokenizer import to_gguf
 from trainjax.io.tokenizer import from_gguf
 
@@ -87,11 +86,11 @@ def test_what_was_read_is_written_again(fields):
 
 
 @pytest.mark.real
-def test_smollm2s_tokenizer_is_written_as_llama_cpps_converter_wrote_it():
-    fields = read_header(helpers.smollm2_gguf()).metadata
+def test_smollm2s_tokenizer_is_written_as_llama_cpps_converter_wrote_it(real_header, real):
+    fields = real_header.metadata
     expected = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
     del expected["tokenizer.ggml.add_space_prefix"]  # it means something to SentencePiece alone
-    found = to_gguf(from_gguf(fields), 49152)
+    found = to_gguf(real, 49152)
     assert found == expected | {"tokenizer.ggml.add_eos_token": False}
 
 

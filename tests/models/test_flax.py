@@ -16,7 +16,7 @@ from tests import helpers
 from trainjax import tree
 from trainjax.models import FlaxModel, from_linen, from_nnx
 from trainjax.peft import dora, lora
-from trainjax.types import Weight, pytree
+from trainjax.types import Peft, Weight, pytree
 
 METHODS = {
     "lora": lora(rank=2, alpha=3.0, target="kernel"),
@@ -104,73 +104,109 @@ KINDS = [("linen", name) for name in LAYERS] + [("nnx", name) for name in LAYERS
 
 
 class Made(NamedTuple):
-    """A layer with random weights as a model, an input, and its own function of it."""
+    """A layer with random weights as a model, an input, and its own function of its weights and that."""
 
     model: FlaxModel
     x: jax.Array
-    own: Callable[[jax.Array], jax.Array]
+    own: Callable[[Any, jax.Array], jax.Array]
+    weights: Any
+
+
+WITH_DORA = {"conv", "attention", "einsum of experts"}
+"""Of NNX. Every layer has LoRA, and in Linen DoRA too."""
+
+
+def drawn(shapes: Any, std: float = 0.25) -> Any:
+    """Random arrays of these shapes."""
+    zeros = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), shapes)
+    return helpers.randomised(zeros, std)
 
 
 def made(kind: str, case: Case) -> Made:
-    x = jnp.asarray(np.random.default_rng(0).standard_normal(case.shape), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(case.shape, np.float32))
     if kind == "linen":
-        shapes = jax.eval_shape(case.linen.init, jax.random.key(0), x)
-        variables = helpers.randomised(
-            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        )
-        return Made(
-            from_linen(case.linen, variables, x), x, lambda x: case.linen.apply(variables, x)
-        )
+        variables = drawn(jax.eval_shape(case.linen.init, jax.random.key(0), x))
+        model = from_linen(case.linen, variables, x)
+        weights = variables["params"]
+        return Made(model, x, lambda w, x: case.linen.apply({"params": w}, x), weights)
     module = case.nnx(nnx.Rngs(0))
-    return Made(from_nnx(module), x, module)
+    graph, weights = nnx.split(module)
+    return Made(from_nnx(module), x, lambda w, x: nnx.merge(graph, w)(x), weights)
+
+
+class Found(NamedTuple):
+    """What one program finds: a layer's own outputs, the model's, and by method the adapters'."""
+
+    own: np.ndarray
+    plain: np.ndarray
+    methods: dict[str, dict[str, np.ndarray]]
 
 
 @pytest.fixture(params=KINDS, ids=[f"{kind} {name}" for kind, name in KINDS], scope="module")
-def layer(request) -> Made:
-    kind, name = request.param
+def which(request) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def layer(which) -> Made:
+    kind, name = which
     return made(kind, LAYERS[name])
 
 
-applied = jax.jit(lambda model, params, x: model.apply(params, x))
+@pytest.fixture(scope="module")
+def found(which, layer) -> Found:
+    kind, name = which
+    names = list(METHODS) if kind == "linen" or name in WITH_DORA else ["lora"]
+    return answers(layer, {name: METHODS[name] for name in names})
 
-METHOD = pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
+
+def answers(layer: Made, methods: dict[str, Peft]) -> Found:
+    def first(method, params):
+        return method.init(jax.random.key(0), params)
+
+    @jax.jit
+    def run(model, weights, x, factors):
+        params, by_method = model.params, {}
+        for name, method in methods.items():
+            start = first(method, params)
+            adapter = tree.with_trained(start, factors[name])
+            by_method[name] = {
+                "start": model.apply(method.attach(params, start), x),
+                "attached": model.apply(method.attach(params, adapter), x),
+                "merged": model.apply(method.merge(params, adapter), x),
+            }
+        return Found(layer.own(weights, x), model.apply(params, x), by_method)
+
+    factors = {
+        name: drawn(
+            jax.eval_shape(lambda p, m=method: tree.trainable(first(m, p)), layer.model.params), 0.5
+        )
+        for name, method in methods.items()
+    }
+    return jax.device_get(run(layer.model, layer.weights, layer.x, factors))
 
 
-def test_a_model_computes_what_its_module_does(layer):
-    np.testing.assert_array_equal(
-        layer.model.apply(layer.model.params, layer.x), layer.own(layer.x)
-    )
+def test_a_model_computes_what_its_module_does(found):
+    np.testing.assert_array_equal(found.plain, found.own)
 
 
 def test_kernels_are_matrices_in_the_model_and_come_back_as_they_were(layer):
     for name, leaf in tree.flatten(layer.model.params).items():
         assert not name.endswith("kernel") or leaf.ndim in (2, 3)
-    if isinstance(layer.own, nnx.Module):
-        back, own = nnx.state(layer.model.to_flax()), nnx.state(layer.own)
-    else:
-        back, own = (
-            layer.model.to_flax()["params"],
-            layer.own.__closure__[1].cell_contents["params"],
-        )
-    jax.tree.map(np.testing.assert_array_equal, back, own)
+    back = layer.model.to_flax()
+    back = nnx.state(back) if isinstance(back, nnx.Module) else back["params"]
+    jax.tree.map(np.testing.assert_array_equal, back, layer.weights)
 
 
-@METHOD
-def test_an_adapter_starts_as_the_modules_own_function(layer, method):
-    adapter = method.init(jax.random.key(0), layer.model.params)
-    found = applied(layer.model, method.attach(layer.model.params, adapter), layer.x)
-    helpers.assert_close({"y": found}, {"y": layer.own(layer.x)}, 1e-6)
+def test_an_adapter_starts_as_the_modules_own_function(found):
+    for name, outputs in found.methods.items():
+        helpers.assert_close({name: outputs["start"]}, {name: found.own}, 1e-6)
 
 
-@METHOD
-def test_attached_and_merged_are_the_same_function(layer, method):
-    model, params = layer.model, layer.model.params
-    first = method.init(jax.random.key(0), params)
-    adapter = tree.with_trained(first, helpers.randomised(tree.trainable(first), 0.5))
-    attached = applied(model, method.attach(params, adapter), layer.x)
-    merged = applied(model, method.merge(params, adapter), layer.x)
-    helpers.assert_close({"y": attached}, {"y": merged}, 1e-5)
-    assert float(jnp.abs(attached - layer.own(layer.x)).max()) > 0.1
+def test_attached_and_merged_are_the_same_function(found):
+    for name, outputs in found.methods.items():
+        helpers.assert_close({name: outputs["attached"]}, {name: outputs["merged"]}, 1e-5)
+        assert np.abs(outputs["attached"] - found.own).max() > 0.1
 
 
 def test_no_matrix_of_the_kernels_size_is_made(layer):
@@ -180,7 +216,7 @@ def test_no_matrix_of_the_kernels_size_is_made(layer):
     def loss(adapter):
         return jnp.sum(jnp.square(model.apply(method.attach(model.params, adapter), layer.x)))
 
-    adapter = method.init(jax.random.key(0), model.params)
+    adapter = jax.eval_shape(method.init, jax.random.key(0), model.params)
     made = helpers.shapes_in(jax.make_jaxpr(jax.grad(loss))(adapter).jaxpr)
     kernels = {
         leaf.shape for name, leaf in tree.flatten(model.params).items() if name.endswith("kernel")
@@ -213,42 +249,53 @@ class Scaled(Weight):
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 @pytest.mark.parametrize("name", ["axes", "einsum that orders", "groups", "attention"])
 def test_any_weight_may_stand_for_a_kernel(kind, name):
-    model, x, _ = made(kind, LAYERS[name])
+    model, x, *_ = made(kind, LAYERS[name])
 
     def scaled(name, leaf):
-        scale = jnp.full(leaf.shape[:-2], 3.0)
+        scale = np.full(leaf.shape[:-2], 3.0, np.float32)
         return Scaled(leaf, scale) if name.endswith("kernel") else leaf
 
-    tripled = tree.map_named(
-        lambda name, leaf: leaf * 3 if name.endswith("kernel") else leaf, model.params
-    )
-    found = applied(model, tree.map_named(scaled, model.params), x)
-    helpers.assert_close({"y": found}, {"y": applied(model, tripled, x)}, 1e-5)
+    def tripled(name, leaf):
+        return leaf * 3 if name.endswith("kernel") else leaf
+
+    @jax.jit
+    def run(model, x):
+        return [model.apply(tree.map_named(f, model.params), x) for f in (scaled, tripled)]
+
+    found, expected = run(model, x)
+    helpers.assert_close({"y": found}, {"y": expected}, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 @pytest.mark.parametrize("name", ["dense", "einsum", "conv"])
 def test_a_base_of_bfloat16_computes_in_bfloat16_with_an_adapter(kind, name):
-    model, x, _ = made(kind, LAYERS[name])
-    params, method = tree.cast(model.params, jnp.bfloat16), METHODS["lora"]
-    adapter = method.init(jax.random.key(0), params)
-    x = x.astype(jnp.bfloat16)
-    assert model.apply(params, x).dtype == jnp.bfloat16
-    assert model.apply(method.attach(params, adapter), x).dtype == jnp.bfloat16
+    model, x, *_ = made(kind, LAYERS[name])
+    method = METHODS["lora"]
+
+    def outputs(params, x):
+        adapter = method.init(jax.random.key(0), params)
+        return model.apply(params, x), model.apply(method.attach(params, adapter), x)
+
+    half = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)  # noqa: E731
+    plain, adapted = jax.eval_shape(outputs, *jax.tree.map(half, (model.params, x)))
+    assert plain.dtype == adapted.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_dropout_of_the_adapter_follows_its_key(kind):
-    model, x, _ = made(kind, LAYERS["conv"])
+    model, x, *_ = made(kind, LAYERS["conv"])
     method = lora(rank=2, target="kernel", dropout=0.5)
-    adapter = helpers.randomised(method.init(jax.random.key(0), model.params))
-    first, again, other, off = (
-        applied(model, method.attach(model.params, adapter, key), x)
-        for key in (jax.random.key(0), jax.random.key(0), jax.random.key(1), None)
-    )
+    adapter = drawn(jax.eval_shape(method.init, jax.random.key(0), model.params))
+
+    @jax.jit
+    def run(model, adapter, x):
+        keys = (jax.random.key(0), jax.random.key(0), jax.random.key(1), None)
+        return [model.apply(method.attach(model.params, adapter, key), x) for key in keys]
+
+    first, again, other, off = jax.device_get(run(model, adapter, x))
     np.testing.assert_array_equal(first, again)
-    assert float(jnp.abs(first - other).max()) > 0.1
-    assert float(jnp.abs(first - off).max()) > 0.1
+    assert np.abs(first - other).max() > 0.1
+    assert np.abs(first - off).max() > 0.1
 
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -339,8 +386,8 @@ REFUSED = {
 )
 def test_a_kernel_that_is_no_matrix_is_refused_with_the_reason(kind, name):
     linen, nnx_layer, message = REFUSED[name]
-    model, x, own = made(kind, Case(linen, nnx_layer, (2, 4, 4)))
-    np.testing.assert_array_equal(model.apply(model.params, x), own(x))
+    model, x, own, weights = made(kind, Case(linen, nnx_layer, (2, 4, 4)))
+    np.testing.assert_array_equal(model.apply(model.params, x), own(weights, x))
     weights = model.params | {"kernel": Scaled(model.params["kernel"], 1.0)}
     with pytest.raises(
         ValueError, match=f"'kernel' cannot have an adapter: .*{message}.*leaves it out"

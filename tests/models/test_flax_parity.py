@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # theirs: deprecations of one another
 ]
 
-SETTINGS = [
-    {"strides": (2, 1), "padding": ((1, 1), (2, 2))},
-    {"strides": 1, "padding": ((0, 0), (0, 0))},
-]
+SETTINGS = {
+    "strides": {"strides": (2, 1), "padding": ((1, 1), (2, 2))},
+    "valid": {"strides": 1, "padding": ((0, 0), (0, 0))},
+}
 
 
-def of_peft(x: np.ndarray, settings: dict) -> tuple[dict[str, np.ndarray], np.ndarray, dict]:
+X = np.random.default_rng(0).standard_normal((2, 9, 8, 6)).astype(np.float32)
+
+
+@functools.cache
+def of_peft(case: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict]:
+    return _of_peft(X, SETTINGS[case])
+
+
+def _of_peft(x: np.ndarray, settings: dict) -> tuple[dict[str, np.ndarray], np.ndarray, dict]:
     """The arrays of a convolution with a trained adapter, its outputs, and gradients of its square."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -57,13 +67,13 @@ def matrix(weight: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=["strides", "valid"])
-def test_lora_of_a_convolution_and_its_gradients_are_pefts(kind, settings):
-    x = np.random.default_rng(0).standard_normal((2, 9, 8, 6)).astype(np.float32)
-    arrays, expected, grads = of_peft(x, settings)
+@pytest.mark.parametrize("case", SETTINGS)
+def test_lora_of_a_convolution_and_its_gradients_are_pefts(kind, case):
+    x, settings = X, SETTINGS[case]
+    arrays, expected, grads = of_peft(case)
     if kind == "linen":
         module = nn.Conv(10, (3, 2), **settings)
-        model = from_linen(module, module.init(jax.random.key(0), x), x)
+        model = from_linen(module, jax.jit(module.init)(jax.random.key(0), x), x)
     else:
         model = from_nnx(nnx.Conv(6, 10, (3, 2), **settings, rngs=nnx.Rngs(0)))
     params = {"kernel": jnp.asarray(matrix(arrays["w"])), "bias": jnp.asarray(arrays["bias"])}
@@ -74,6 +84,6 @@ def test_lora_of_a_convolution_and_its_gradients_are_pefts(kind, settings):
         y = model.apply(method.attach(params, adapter), x)
         return jnp.sum(y * y) / 2, y
 
-    (_, found), gradient = jax.value_and_grad(half_square, has_aux=True)(adapter)
+    (_, found), gradient = jax.jit(jax.value_and_grad(half_square, has_aux=True))(adapter)
     helpers.assert_close({"y": found}, {"y": expected}, 1e-5)
     helpers.assert_close(gradient["kernel"], {k: matrix(g) for k, g in grads.items()}, 1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -107,20 +109,25 @@ class NnxVit(nnx.Module):
 
 def of_linen(module: nn.Module) -> FlaxModel:
     x = jnp.zeros((1, *SHAPE))
-    return from_linen(module, module.init(jax.random.key(0), x), x)
+    return from_linen(module, jax.jit(module.init)(jax.random.key(0), x), x)
+
+
+@functools.partial(nnx.jit, static_argnums=0)
+def new(kind):
+    return kind(nnx.Rngs(0))
 
 
 def of_nnx(kind) -> FlaxModel:
-    module = kind(nnx.Rngs(0))
+    module = new(kind)
     module.eval()
     return from_nnx(module)
 
 
 MODELS = {
-    "cnn": lambda: of_linen(Cnn([6, 8])),
-    "vit": lambda: of_linen(Vit()),
-    "nnx cnn": lambda: of_nnx(NnxCnn),
-    "nnx vit": lambda: of_nnx(NnxVit),
+    "cnn": functools.cache(lambda: of_linen(Cnn([6, 8]))),
+    "vit": functools.cache(lambda: of_linen(Vit())),
+    "nnx cnn": functools.cache(lambda: of_nnx(NnxCnn)),
+    "nnx vit": functools.cache(lambda: of_nnx(NnxVit)),
 }
 
 
@@ -161,18 +168,34 @@ def with_adapter(model: FlaxModel, adapter, batch, key):
     return cross_entropy(model, LORA.attach(model.params, adapter, key), batch, key)
 
 
-def trained(loss: Loss, params, task: int, steps: int, accumulate: int = 1):
+TX = optax.adam(1e-2)
+STEP = make_step(TX)
+"""One for all tests: what it has compiled for a loss it runs for the next test with that loss."""
+
+
+def trained(loss: Loss, params, task: int, steps: int):
     """Params after some steps on a task, and the losses on the way; each step sees other rows."""
-    tx = optax.adam(1e-2)
-    state, step, trace = (
-        init(jax.tree.map(jnp.copy, params), tx),
-        make_step(tx, accumulate=accumulate),
-        [],
-    )
+    copied = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), params)
+    state, trace = init(copied, TX), []
     for number in range(steps):
-        state, metrics = step(state, loss, images(task, seed=number))
+        state, metrics = STEP(state, loss, images(task, seed=number))
         trace.append(float(metrics["loss"]))
     return state.params, trace
+
+
+@jax.jit
+def new_adapter(params):
+    return LORA.init(jax.random.key(0), params)
+
+
+TRACES: list[int] = []
+
+
+@jax.jit
+def attached(model: FlaxModel, adapter, x):
+    """What the model computes with an adapter; counts how often it is traced."""
+    TRACES.append(1)
+    return model.apply(LORA.attach(model.params, adapter), x)
 
 
 value = jax.jit(lambda loss, params, batch: loss(params, batch))
@@ -183,9 +206,7 @@ value = jax.jit(lambda loss, params, batch: loss(params, batch))
 
 def test_an_adapter_learns_and_the_base_stays_bit_for_bit(model):
     before = jax.tree.map(np.array, model.params)
-    adapter, trace = trained(
-        Loss(with_adapter, model), LORA.init(jax.random.key(0), model.params), 0, 20
-    )
+    adapter, trace = trained(Loss(with_adapter, model), new_adapter(model.params), 0, 20)
     assert np.mean(trace[-3:]) < 0.7 * np.mean(trace[:3])
     jax.tree.map(np.testing.assert_array_equal, model.params, before)
     assert {name.rpartition("/")[2] for name in tree.flatten(adapter)} == {"a", "b"}
@@ -206,41 +227,47 @@ def test_micro_batches_change_nothing(cnn):
 
 
 def test_another_adapter_base_or_state_runs_the_same_program(model):
-    traces = []
-
-    @jax.jit
-    def run(model, adapter, x):
-        traces.append(1)
-        return model.apply(LORA.attach(model.params, adapter), x)
-
     x = images(0)["image"]
-    first = LORA.init(jax.random.key(0), model.params)
-    run(model, first, x)
-    run(model, helpers.randomised(first), x)
+    first = new_adapter(model.params)
+    attached(model, first, x)
+    count = len(TRACES)
+    assert count
+    attached(model, helpers.randomised(first), x)
     moved = model.with_params(helpers.randomised(model.params))
-    run(moved.updated(moved.params, x)[1], first, x)
-    assert len(traces) == 1
+    updated = jax.jit(lambda model, x: model.updated(model.params, x)[1])
+    attached(updated(moved, x), first, x)
+    assert len(TRACES) == count
 
 
 def test_merged_weights_go_back_to_flax_and_compute_what_the_adapter_did(model):
-    adapter = helpers.randomised(LORA.init(jax.random.key(0), model.params), 0.1)
+    adapter = helpers.randomised(new_adapter(model.params), 0.1)
     x = images(0)["image"]
-    attached = model.apply(LORA.attach(model.params, adapter), x)
-    back = model.to_flax(LORA.merge(model.params, adapter))
-    found = back(x) if isinstance(back, nnx.Module) else model.program.module.apply(back, x)
-    helpers.assert_close({"y": found}, {"y": attached}, 1e-5)
+    back = model.to_flax(jax.jit(LORA.merge)(model.params, adapter))
+    if isinstance(back, nnx.Module):
+        found = nnx.jit(lambda module, x: module(x))(back, x)
+    else:
+        found = jax.jit(model.program.module.apply)(back, x)
+    helpers.assert_close({"y": found}, {"y": attached(model, adapter, x)}, 1e-5)
 
 
 # --- what a module has beside params ---------------------------------------------------------------
 
 
 def test_batch_statistics_stay_until_the_model_is_updated():
-    module, x = Cnn([6, 8]), jnp.asarray(images(0)["image"])
-    variables = module.init(jax.random.key(0), x)
+    module, x = Cnn([6, 8]), images(0)["image"]
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     model = from_linen(module, variables, x)
-    expected, changed = module.apply(variables, x, train=True, mutable=["batch_stats"])
-    np.testing.assert_array_equal(model.apply(model.params, x, train=True), expected)
-    outputs, updated = model.updated(model.params, x, train=True)
+
+    @jax.jit
+    def run(variables, model, x):
+        return (
+            module.apply(variables, x, train=True, mutable=["batch_stats"]),
+            model.apply(model.params, x, train=True),
+            model.updated(model.params, x, train=True),
+        )
+
+    (expected, changed), applied, (outputs, updated) = run(variables, model, x)
+    np.testing.assert_array_equal(applied, expected)
     np.testing.assert_array_equal(outputs, expected)
     jax.tree.map(np.testing.assert_array_equal, updated.state, changed)
     jax.tree.map(
@@ -255,7 +282,7 @@ def numbers(state):
 
 
 def test_statistics_and_counters_of_nnx_stay_until_the_model_is_updated():
-    module, x = NnxCnn(nnx.Rngs(0)), jnp.asarray(images(0)["image"])
+    module, x = new(NnxCnn), jnp.asarray(images(0)["image"])
     model = from_nnx(module)
     outputs, updated = model.updated(model.params, x)
     np.testing.assert_array_equal(model.apply(model.params, x), outputs)
@@ -265,15 +292,14 @@ def test_statistics_and_counters_of_nnx_stay_until_the_model_is_updated():
     assert not np.array_equal(updated.state["norm"]["mean"], model.state["norm"]["mean"])
 
 
-@pytest.mark.parametrize("make", [lambda: of_linen(Vit()), lambda: from_nnx(NnxCnn(nnx.Rngs(0)))])
+@pytest.mark.parametrize("make", [MODELS["vit"], lambda: from_nnx(new(NnxCnn))])
 def test_dropout_of_the_module_follows_the_key(make):
     model, x = make(), images(0)["image"]
     settings = {} if "dropout" in model.state else {"train": True}
-    first, again, other = (
-        model.apply(model.params, x, key=jax.random.key(seed), **settings) for seed in (0, 0, 1)
-    )
+    run = jax.jit(lambda model, key: model.apply(model.params, x, key=key, **settings))
+    first, again, other = (np.asarray(run(model, jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
-    assert float(jnp.abs(first - other).max()) > 1e-3
+    assert np.abs(first - other).max() > 1e-3
 
 
 class OtherAxis(nn.Module):
@@ -293,8 +319,8 @@ class Layer(nn.Module):
 
 def test_layers_that_are_stacked_in_another_axis_are_refused_with_the_reason():
     module, x = OtherAxis(), jnp.ones((2, 8))
-    model = from_linen(module, module.init(jax.random.key(0), x), x)
-    params = LORA.attach(model.params, LORA.init(jax.random.key(0), model.params))
+    model = from_linen(module, jax.jit(module.init)(jax.random.key(0), x), x)
+    params = LORA.attach(model.params, new_adapter(model.params))
     with pytest.raises(ValueError, match=r"another axis than the first: it is \(8, 3, 8\)"):
         model.apply(params, x)
 
@@ -311,7 +337,7 @@ def test_ewc_forgets_less(name, whole, strength):
     """Strengths differ as the Fisher does: it is small where the first task was learnt well."""
     model = MODELS[name]()
     loss = Loss(cross_entropy if whole else with_adapter, model)
-    params = model.params if whole else LORA.init(jax.random.key(0), model.params)
+    params = model.params if whole else new_adapter(model.params)
     first, trace = trained(loss, params, 0, 30)
     assert trace[-1] < 0.5 * trace[0]
     fisher = estimate.fisher(loss, first, [images(0, seed=n) for n in range(4)], chunk=32)
@@ -331,8 +357,7 @@ def test_the_fisher_of_a_flax_model_is_the_mean_square_of_its_examples_gradients
         alone = {"image": x[None], "label": y[None], "weights": jnp.ones(1)}
         return cross_entropy(model, params, alone, None)[0]
 
-    grads = jax.vmap(jax.grad(one), in_axes=(None, 0, 0))(
-        model.params, batch["image"], batch["label"]
-    )
-    expected = jax.tree.map(lambda leaf: jnp.mean(leaf**2, axis=0), grads)
+    each = jax.jit(jax.vmap(jax.grad(one), in_axes=(None, 0, 0)))
+    grads = jax.device_get(each(model.params, batch["image"], batch["label"]))
+    expected = jax.tree.map(lambda leaf: np.mean(leaf**2, axis=0), grads)
     helpers.assert_close(tree.flatten(found), tree.flatten(expected), 1e-6)

@@ -45,9 +45,10 @@ def test_logits_are_those_of_transformers(golden, loaded, name):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_weights_keep_the_dtype_of_the_file_or_get_the_one_asked_for(golden, dtype):
-    params = load(golden / "llama_tied", dtype=dtype).params
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype or "float32")}
+def test_weights_keep_the_dtype_of_the_file_or_get_the_one_asked_for(golden, loaded, dtype):
+    model = load(golden / "llama_tied", dtype=dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(dtype or "float32")}
+    assert model.fingerprint == loaded("llama_tied").fingerprint
 
 
 def test_a_model_in_shards_is_the_model_in_one_file(loaded, folder):
@@ -60,16 +61,18 @@ def test_a_model_in_shards_is_the_model_in_one_file(loaded, folder):
 
 def test_weights_loaded_over_a_mesh_lie_by_the_rules_and_are_the_same(golden, loaded):
     mesh, name = helpers.mesh_of(1, 2, 2), "llama_biased_llama3"
-    params = load(golden / name, mesh=mesh).params
+    model = load(golden / name, mesh=mesh)
+    params = model.params
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == parallel.shardings(params, mesh)
     jax.tree.map(np.testing.assert_array_equal, params, loaded(name).params)
+    assert model.fingerprint == loaded(name).fingerprint
 
 
-def test_fingerprint_is_of_the_weights_and_not_of_their_dtype_or_layout(golden, loaded):
-    mark = loaded("llama_grouped").fingerprint
-    for options in ({"dtype": jnp.bfloat16}, {"mesh": helpers.mesh_of(1, 2, 2)}):
-        assert load(golden / "llama_grouped", **options).fingerprint == mark
-    assert loaded("mistral_window").fingerprint != mark  # equal names and shapes
+def test_fingerprint_is_of_the_weights_and_not_of_their_names_and_shapes(loaded):
+    """Nor of their dtype or layout, see above."""
+    one, other = loaded("llama_grouped"), loaded("mistral_window")
+    assert jax.tree.map(np.shape, one.params) == jax.tree.map(np.shape, other.params)
+    assert one.fingerprint != other.fingerprint
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_refused(folder):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from tests import families, helpers
-from trainjax.models import load, load_adapter, save_adapter, save_model
+from trainjax.models import Model, load, load_adapter, save_adapter, save_model
 from trainjax.peft import lora
 
 pytestmark = [
@@ -44,40 +48,72 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
     return {k: (v.dtype, v.tobytes()) for file in files for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("shard", ["1GB", "10KB"], ids=["one file", "shards"])
+class Theirs(NamedTuple):
+    """A model of transformers, where it has saved itself, and the same as it is loaded here."""
+
+    model: Any
+    folder: Path
+    ours: Model
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Callable[[str], Theirs]:
+    """Each made once; no test may change one."""
+
+    def make(name: str) -> Theirs:
+        model, folder = families.torch_model(name), tmp_path_factory.mktemp("theirs")
+        model.save_pretrained(folder)
+        return Theirs(model, folder, load(folder))
+
+    return functools.cache(make)
+
+
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_a_saved_model_of_transformers_is_the_same_function_here(tmp_path, name, shard):
-    model = families.torch_model(name)
-    model.save_pretrained(tmp_path, max_shard_size=shard)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "10KB")
-    assert_same_logits(load(tmp_path).logits(TOKENS), torch_logits(model))
+def test_a_saved_model_of_transformers_is_the_same_function_here(theirs, tmp_path, name):
+    model, folder, ours = theirs(name)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    for path, in_shards in ((folder, False), (tmp_path, True)):
+        assert (len(list(path.glob("*.safetensors"))) > 1) == in_shards
+    assert_same_logits(ours.logits(TOKENS), torch_logits(model))
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path).params, ours.params)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_a_model_that_went_through_here_is_bitwise_the_same_in_transformers(tmp_path, name, dtype):
+def test_a_model_that_went_through_here_is_bitwise_the_same_in_transformers(
+    theirs, tmp_path, name, dtype
+):
     import torch
 
-    model = families.torch_model(name).to(getattr(torch, dtype))
-    model.save_pretrained(tmp_path / "theirs")
-    save_model(tmp_path / "ours", load(tmp_path / "theirs"))
-    assert tensors_of(tmp_path / "ours") == tensors_of(tmp_path / "theirs")
-    found, expected = pretrained(tmp_path / "ours"), pretrained(tmp_path / "theirs")
+    _, folder, ours = theirs(name)
+    if dtype == "bfloat16":
+        folder = tmp_path / "theirs"
+        families.torch_model(name).to(torch.bfloat16).save_pretrained(folder)
+        ours = load(folder)
+    save_model(tmp_path / "ours", ours)
+    assert tensors_of(tmp_path / "ours") == tensors_of(folder)
+    found, expected = pretrained(tmp_path / "ours"), pretrained(folder)
     assert found.dtype == expected.dtype == getattr(torch, dtype)
     np.testing.assert_array_equal(torch_logits(found), torch_logits(expected))
 
 
 @ADAPTERS
-def test_an_adapter_of_peft_attached_or_merged_is_the_same_function_here(tmp_path, name):
+def test_an_adapter_of_peft_is_the_same_function_here_and_again_in_peft(theirs, tmp_path, name):
+    """Attached or merged; and in PEFT after it went through here."""
+    import peft
+
     family, settings = families.ADAPTERS[name]
-    families.torch_model(family).save_pretrained(tmp_path / "base")
-    theirs = families.torch_adapter(pretrained(tmp_path / "base"), settings)
-    theirs.save_pretrained(tmp_path / "adapter")
-    expected, base = torch_logits(theirs), load(tmp_path / "base")
+    _, folder, base = theirs(family)
+    first = families.torch_adapter(pretrained(folder), settings)
+    first.save_pretrained(tmp_path / "adapter")
+    expected = torch_logits(first)
     method, adapter = load_adapter(tmp_path / "adapter", base)
     for params in (method.attach(base.params, adapter), method.merge(base.params, adapter)):
         assert_same_logits(base.with_params(params).logits(TOKENS), expected)
-    assert_same_logits(torch_logits(theirs.merge_and_unload()), expected)
+    save_adapter(tmp_path / "ours", base, method, adapter)
+    second = peft.PeftModel.from_pretrained(pretrained(folder), tmp_path / "ours")
+    assert_same_logits(torch_logits(second), expected)
+    assert_same_logits(torch_logits(first.merge_and_unload()), expected)
 
 
 @pytest.mark.parametrize(
@@ -98,41 +134,26 @@ def test_an_adapter_of_peft_attached_or_merged_is_the_same_function_here(tmp_pat
     ],
     ids=["all", "rslora", "head", "patterns"],
 )
-def test_an_adapter_made_here_is_the_same_function_in_peft(tmp_path, family, settings):
+def test_an_adapter_made_here_is_the_same_function_in_peft(theirs, tmp_path, family, settings):
     import peft
 
-    families.torch_model(family).save_pretrained(tmp_path / "base")
-    base, method = load(tmp_path / "base"), lora(**settings)
+    _, folder, base = theirs(family)
+    method = lora(**settings)
     adapter = helpers.trained(method, base.params)
     save_adapter(tmp_path / "adapter", base, method, adapter)
-    theirs = peft.PeftModel.from_pretrained(pretrained(tmp_path / "base"), tmp_path / "adapter")
+    in_peft = peft.PeftModel.from_pretrained(pretrained(folder), tmp_path / "adapter")
+    expected = torch_logits(in_peft)
     found = base.with_params(method.attach(base.params, adapter)).logits(TOKENS)
-    assert_same_logits(found, torch_logits(theirs), 1e-4)
+    assert_same_logits(found, expected, 1e-4)
     save_model(tmp_path / "merged", base, method.merge(base.params, adapter))
-    assert_same_logits(torch_logits(pretrained(tmp_path / "merged")), torch_logits(theirs))
+    assert_same_logits(torch_logits(pretrained(tmp_path / "merged")), expected)
 
 
-@ADAPTERS
-def test_an_adapter_of_peft_that_went_through_here_is_the_same_in_peft(tmp_path, name):
-    import peft
-
-    family, settings = families.ADAPTERS[name]
-    families.torch_model(family).save_pretrained(tmp_path / "base")
-    first = families.torch_adapter(pretrained(tmp_path / "base"), settings)
-    first.save_pretrained(tmp_path / "theirs")
-    base = load(tmp_path / "base")
-    save_adapter(tmp_path / "ours", base, *load_adapter(tmp_path / "theirs", base))
-    second = peft.PeftModel.from_pretrained(pretrained(tmp_path / "base"), tmp_path / "ours")
-    assert_same_logits(torch_logits(second), torch_logits(first))
-
-
-def test_every_field_of_a_plain_configuration_of_peft_is_known(tmp_path):
+def test_every_field_of_a_plain_configuration_of_peft_is_known(theirs, tmp_path):
     """A field that PEFT adds later must be decided on, whether or not it has an effect."""
-    families.torch_model("llama_tied").save_pretrained(tmp_path / "base")
-    theirs = families.torch_adapter(
-        pretrained(tmp_path / "base"), {"r": 2, "target_modules": ["q_proj"]}
-    )
-    theirs.save_pretrained(tmp_path / "adapter")
+    _, folder, base = theirs("llama_tied")
+    settings = {"r": 2, "target_modules": ["q_proj"]}
+    families.torch_adapter(pretrained(folder), settings).save_pretrained(tmp_path / "adapter")
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert len(fields) > 30
-    load_adapter(tmp_path / "adapter", load(tmp_path / "base"))
+    load_adapter(tmp_path / "adapter", base)

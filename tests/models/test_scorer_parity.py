@@ -26,9 +26,8 @@ TEXTS = [
     np.random.default_rng(i).integers(1, 48, size).astype(np.int32)
     for i, size in enumerate((9, 3, 7, 5, 11))
 ]
-NAMES = pytest.mark.parametrize(
-    "name", ["llama_grouped", "llama_tied", "llama_biased_llama3", "mistral_window", "qwen2"]
-)
+FAMILIES = ["llama_grouped", "llama_tied", "llama_biased_llama3", "mistral_window", "qwen2"]
+NAMES = pytest.mark.parametrize("name", FAMILIES)
 
 
 def classifier(path: Path, **options: Any) -> Any:
@@ -79,8 +78,11 @@ def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
     helpers.assert_close({"scores": found}, {"scores": expected}, 1e-5)
 
 
-@pytest.mark.parametrize("labels", [1, 3])
-@NAMES
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    # One label of every family: the reward models below.
+    [("llama_grouped", 1), *((name, 3) for name in FAMILIES)],
+)
 def test_a_classifier_of_transformers_scores_the_same_here(tmp_path, name, labels):
     theirs = torch_classifier(name, labels)
     theirs.save_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 """Rows of a table that devices share, against plain indexing."""
 
+import dataclasses
 import re
 
 import jax
@@ -72,19 +73,45 @@ def test_rows_and_the_tables_gradient_are_those_of_plain_indexing(sizes, vocab, 
 
 
 @pytest.mark.parametrize("sizes", [s for s in MESHES if s.get("fsdp") == 2], ids=str)
-def test_a_step_gathers_nothing_over_the_axes_that_split_rows_alone(sizes):
-    """Of a model: weights are gathered over `fsdp`, keys over `sequence`, and no hidden states."""
-    mesh = parallel.mesh(**sizes)
-    model = helpers.tiny(mesh=mesh)
+def test_a_gradient_gathers_nothing_over_the_axes_that_split_rows_alone(sizes):
+    """Of a table, and of weights that are shared as a layer's: no hidden states."""
+    mesh, parts, table, tokens, g = problem(sizes)
+    at = parallel.spec("layers/mlp/up/kernel", (8, 8), mesh)
+    w = jax.device_put(np.eye(8, dtype=np.float32), NamedSharding(mesh, at))
+
+    def value(table, w, g):
+        hidden = lookup(table, tokens, dtype=jnp.float32, mesh=mesh, parts=parts)
+        return jnp.sum(jnp.tanh(hidden @ w) * g)
+
+    g = jax.device_put(g, tokens.sharding)
+    layout = table.sharding, w.sharding
+    gradient = jax.jit(jax.grad(value, (0, 1)), out_shardings=layout)
+    assert gathered(gradient.lower(table, w, g), mesh) <= {"fsdp", "sequence", "tensor"}
+
+
+def gathered(lowered, mesh):
+    """The axes over which a program gathers."""
+    program = lowered.compile().as_text()
+    return {c.axis for c in collectives(program, mesh.shape) if c.kind == "all-gather"}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "sequence": 2}], ids=str)
+def test_a_models_step_gathers_nothing_over_the_axes_that_split_rows_alone(sizes):
+    """Weights are gathered over `fsdp`, keys over `sequence`, and no hidden states."""
+    mesh, model = parallel.mesh(**sizes), helpers.tiny()
+    module = model.module.clone(mesh=mesh, remat=None)
+    layout = parallel.shardings(model.params, mesh)
+    params = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        model.params,
+        layout,
+    )
     batch = jax.device_put(helpers.random_batch(rows=8, seq=6), parallel.rows(mesh))
-    loss = losses.sft(policies.policy(model))
-    layout = jax.tree.map(lambda leaf: leaf.sharding, model.params)
+    loss = losses.sft(policies.policy(dataclasses.replace(model, module=module)))
     gradient = jax.jit(
         lambda p: jax.grad(lambda p: loss(p, batch, None)[0])(p), out_shardings=layout
     )
-    program = gradient.lower(model.params).compile().as_text()
-    gathered = {c.axis for c in collectives(program, mesh.shape) if c.kind == "all-gather"}
-    assert gathered <= {"fsdp", "sequence", "tensor"}
+    assert gathered(gradient.lower(params), mesh) <= {"fsdp", "sequence", "tensor"}
 
 
 def test_rows_are_cast_before_they_are_sent():

@@ -13,34 +13,55 @@ from trainjax.ops.attention import attend
 from trainjax.ops.blocked import Branches, Prefix, blocked
 from trainjax.ops.tiled import tiled
 
-PARTS = ([*range(7)], [*range(7, 12), 19], [*range(12, 19)])  # in no order, and of any size
+SEQ = 20
 
 
-def in_parts(q, k, v, segments, prefix=None, **settings):
-    """The row's parts one by one, put together again."""
-    outs = []
-    for part in map(jnp.array, PARTS):
-        own = prefix
-        if prefix is not None and prefix.positions is not None:
-            own = prefix._replace(positions=prefix.positions[:, part])
-        outs.append(tiled(q[:, part], k, v, part, segments, prefix=own, **settings))
-    return jnp.concatenate(outs, axis=1)[:, np.argsort(np.concatenate(PARTS))]
+def in_parts(size, q, k, v, g, segments, prefix=None, **settings):
+    """Output and gradients of the row's parts, put together again; one program serves them all.
+
+    Each part has so many tokens, from anywhere in the row. Gradients of what all of them see are summed.
+    """
+
+    @jax.jit
+    def run(q, g, at, positions, k, v, segments, *virtual):
+        def attended(q, k, v, *virtual):
+            own = Prefix(*virtual, positions) if virtual else None
+            return tiled(q, k, v, at, segments, prefix=own, **settings)
+
+        out, pull = jax.vjp(attended, q, k, v, *virtual)
+        return out, *pull(g)
+
+    parts = np.random.default_rng(0).permutation(SEQ).reshape(-1, size).astype(np.int32)
+    parts.sort(axis=1)
+    virtual = () if prefix is None else (prefix.keys, prefix.values)
+    total, dtypes = [np.zeros(x.shape) for x in (q, q, k, v, *virtual)], set()
+    for at in parts:
+        positions = None if prefix is None else np.asarray(prefix.positions)[:, at]
+        found = jax.device_get(run(q[:, at], g[:, at], at, positions, k, v, segments, *virtual))
+        dtypes |= {array.dtype for array in found[:4]}
+        for whole, part in zip(total[:2], found[:2], strict=True):
+            whole[:, at] = part
+        for whole, part in zip(total[2:], found[2:], strict=True):
+            whole += part
+    assert dtypes == {q.dtype}
+    return total
 
 
 CASES = [
-    (Case(), (512, 1024)),  # one tile
-    (Case(), (3, 4)),  # the last ones are shorter
-    (Case(heads=4, kv_heads=4, segments=True), (2, 5)),
-    (Case(heads=4, kv_heads=1, window=3), (3, 2)),
-    (Case(window=9, segments=True), (4, 3)),
-    (Case(seq=20, segments=True), (1, 1)),
+    (Case(), (512, 1024), 10),  # one tile
+    (Case(), (3, 4), 4),  # the last ones are shorter
+    (Case(heads=4, kv_heads=4, segments=True), (2, 5), 10),
+    (Case(heads=4, kv_heads=1, window=3), (3, 2), 5),
+    (Case(window=9, segments=True), (4, 3), 20),
+    (Case(segments=True), (1, 1), 4),
 ]
+assert {case.seq for case, *_ in CASES} == {SEQ}
 
 
-@pytest.mark.parametrize(("case", "tile"), CASES)
-def test_parts_of_a_row_and_their_gradients_are_those_of_the_dense_formula(case, tile):
+@pytest.mark.parametrize(("case", "tile", "size"), CASES)
+def test_parts_of_a_row_and_their_gradients_are_those_of_the_dense_formula(case, tile, size):
     args = inputs(case)
-    found = with_gradients(functools.partial(in_parts, window=case.window, tile=tile), *args)
+    found = in_parts(size, *args, window=case.window, tile=tile)
     assert_all_close(found, dense(case, *args), 1e-5)
 
 
@@ -50,55 +71,53 @@ def test_virtual_tokens_come_before_every_example(window):
     q, k, v, g, ids = inputs(case)
     rng = np.random.default_rng(1)
     first = np.array([[np.argmax(row == i) for i in row] for row in ids])
-    shape = (case.kv_heads, 3, case.dim)
-    prefix = Prefix(
-        *rng.standard_normal((2, *shape), np.float32),
-        jnp.asarray(np.arange(case.seq) - first + 3),
-    )
+    keys, values = rng.standard_normal((2, case.kv_heads, 3, case.dim), np.float32)
+    prefix = Prefix(keys, values, jnp.asarray(np.arange(case.seq) - first + 3))
 
-    def gradients(attend):
-        def run(q, k, v, keys, values):
+    @jax.jit
+    def whole(g, *args):
+        def attended(q, k, v, keys, values):
             own = Prefix(keys, values, prefix.positions)
-            return attend(q, k, v, jnp.asarray(ids), prefix=own, window=window)
+            return blocked(q, k, v, jnp.asarray(ids), prefix=own, window=window)
 
-        out, pull = jax.vjp(run, *map(jnp.asarray, (q, k, v, prefix.keys, prefix.values)))
-        return out, *pull(jnp.asarray(g))
+        out, pull = jax.vjp(attended, *args)
+        return out, *pull(g)
 
-    found = gradients(functools.partial(in_parts, tile=(4, 3)))
-    for one, other in zip(found, gradients(blocked), strict=True):
+    found = in_parts(10, q, k, v, g, ids, prefix, tile=(4, 3), window=window)
+    for one, other in zip(found, whole(g, q, k, v, keys, values), strict=True):
         np.testing.assert_allclose(one, other, 0, 1e-5)
 
 
 def test_completions_see_the_prompt_that_they_share():
     case = Case()
     q, k, v, g, _ = inputs(case)
-    ids = jnp.asarray(np.tile([1] * 5 + [2] * 6 + [3] * 6 + [0] * 3, (case.batch, 1)), jnp.int32)
-    segments = Branches(ids, jnp.where(ids > 1, 1, 0))
-    found = with_gradients(functools.partial(in_parts, tile=(3, 4)), q, k, v, g, segments)
+    ids = np.tile([1] * 5 + [2] * 6 + [3] * 6 + [0] * 3, (case.batch, 1)).astype(np.int32)
+    segments = Branches(ids, np.where(ids > 1, 1, 0).astype(np.int32))
+    found = in_parts(5, q, k, v, g, segments, tile=(3, 4))
     expected = with_gradients(blocked, q, k, v, g, segments)
     assert_all_close(found, [np.asarray(x, np.float64) for x in expected], 1e-5)
 
 
 def test_in_bf16_sums_are_in_float32():
-    case = Case(seq=20, segments=True, window=13)
+    case = Case(segments=True, window=13)
     args = inputs(case, jnp.bfloat16)
-    attend = functools.partial(in_parts, window=case.window, tile=(4, 4))
-    found = with_gradients(attend, *args)
-    assert {a.dtype for a in found} == {jnp.dtype(jnp.bfloat16)}
+    found = in_parts(10, *args, window=case.window, tile=(4, 4))
     assert_all_close(found, dense(case, *args), 0.05)
 
 
 def test_derivatives_of_any_order_are_of_the_same_function():
     q, k, v, g, _ = inputs(Case())
-    tangents = tuple(np.ones_like(x) for x in (q, k, v))
+    at = np.arange(5, 15, dtype=np.int32)
+    args, g = (q[:, at], k, v), g[:, at]
+    tangents = tuple(np.ones_like(x) for x in args)
 
     def value(q, k, v):
-        return jnp.sum(in_parts(q, k, v, None, tile=(3, 4)) * g)
+        return jnp.sum(tiled(q, k, v, jnp.asarray(at), None, tile=(3, 4)) * g)
 
-    own = jax.grad(value, (0, 1, 2))(*map(jnp.asarray, (q, k, v)))
+    own = jax.jit(jax.grad(value, (0, 1, 2)))(*args)
     with any_order():
-        along = jax.jvp(value, tuple(map(jnp.asarray, (q, k, v))), tangents)[1]
-    np.testing.assert_allclose(along, sum(x.sum() for x in own), rtol=1e-4)
+        along = jax.jit(lambda *args: jax.jvp(value, args, tangents)[1])(*args)
+    np.testing.assert_allclose(along, sum(np.asarray(x).sum() for x in own), rtol=1e-4)
 
 
 def test_attention_of_long_rows_goes_in_tiles_and_is_the_same():
