@@ -12,6 +12,7 @@ import trainjax as tj
 from tests import helpers
 from trainjax import parallel
 from trainjax.losses import sft
+from trainjax.nn import remat
 from trainjax.peft import lora
 
 LORA = lora(rank=2, target="kernel", alpha=4.0)  # of the head too
@@ -19,9 +20,9 @@ SIZES = {"vocab_size": 64}  # that the devices divide
 
 
 @functools.cache
-def setting(full: bool, mesh=None):
+def setting(full: bool, mesh=None, **settings):
     """The loss, and the params or the adapter that it is of."""
-    model = helpers.tiny(mesh=mesh, **SIZES)
+    model = helpers.tiny(mesh=mesh, **SIZES, **settings)
     if full:
         return sft(tj.policy(model)), model.params
     return sft(tj.policy(model, LORA)), helpers.trained(LORA, model.params)
@@ -37,58 +38,72 @@ def assert_same(found, wanted, tolerance: float = 1e-5) -> None:
     helpers.assert_close(found[1], wanted[1], tolerance)
 
 
-FULL = pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-
-
-@FULL
-@pytest.mark.parametrize("accumulate", [2, 8])
+@pytest.mark.parametrize(("full", "accumulate"), [(False, 8), (True, 2)], ids=["lora", "full"])
 def test_micro_batches_add_up_to_the_batch(full, accumulate):
     found = helpers.loss_and_gradients(*setting(full), helpers.random_batch(), accumulate)
     assert_same(found, expected(full))
 
 
-@FULL
-def test_packed_rows_are_padded_rows(full):
+def examples() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    examples = [rng.integers(0, 61, size).astype(np.int32) for size in (7, 3, 9, 2, 5, 6)]
-    padded = helpers.packed(examples, [[i] for i in range(6)], seq=9)
-    packed = helpers.packed(examples, [[0, 1, 4], [2, 3], [5]], seq=16)
+    return [rng.integers(0, 61, size).astype(np.int32) for size in (7, 3, 9, 2, 5, 6)]
+
+
+APART = [[i] for i in range(6)]
+TOGETHER = [[0, 1, 4], [2, 3], [5], [], [], []]
+"""With rows of nothing, so that both layouts go through one program."""
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_packed_rows_are_padded_rows(full):
+    padded, packed = (helpers.packed(examples(), rows, seq=16) for rows in (APART, TOGETHER))
     wanted = helpers.loss_and_gradients(*setting(full), padded)
     assert_same(helpers.loss_and_gradients(*setting(full), packed), wanted)
 
 
 def test_padding_changes_nothing():
-    examples = [np.arange(7), np.arange(9)]
-    rows = [[0], [1]]
-    short, long = (helpers.packed(examples, rows, seq=seq) for seq in (9, 23))
+    short, long = (helpers.packed(examples(), APART, seq=seq) for seq in (9, 16))
     wanted = helpers.loss_and_gradients(*setting(False), short)
     assert_same(helpers.loss_and_gradients(*setting(False), long), wanted)
 
 
-LORA_SPLITS = [
-    (2, 1, 1),
-    (1, 2, 1),
-    (1, 1, 2),
-    (4, 1, 1),
-    (1, 4, 1),
-    (2, 2, 1),
-    (2, 1, 2),
-    (1, 2, 2),
+SPLITS = [
+    (False, (4, 1, 1), "attention"),
+    (False, (1, 4, 1), "default"),
+    (False, (2, 2, 1), "projections"),
+    (False, (1, 2, 2), "nothing"),
+    (True, (1, 1, 4), "default"),
+    (True, (2, 1, 2), "default"),
 ]
-FULL_SPLITS = [(1, 1, 4), (2, 1, 2), (1, 2, 2)]
+"""Each axis alone and with each other, and every policy of what is kept for the backward pass."""
+MORE_SPLITS = [
+    (False, (2, 1, 1), "default"),
+    (False, (1, 2, 1), "default"),
+    (False, (1, 1, 2), "default"),
+    (False, (2, 1, 2), "default"),
+    (True, (1, 2, 2), "default"),
+]
+KEPT = {
+    "default": {},
+    "attention": {"remat": remat.attention},
+    "projections": {"remat": remat.projections},
+    "nothing": {"remat": None},
+}
 
 
 @pytest.mark.parametrize(
-    ("full", "split"),
-    [(False, split) for split in LORA_SPLITS] + [(True, split) for split in FULL_SPLITS],
-    ids=lambda value: {True: "full", False: "lora"}.get(value) or "x".join(map(str, value)),
+    ("full", "split", "kept"),
+    [*SPLITS, *(pytest.param(*split, marks=pytest.mark.slow) for split in MORE_SPLITS)],
+    ids=lambda value: {True: "full", False: "lora"}.get(value) or "".join(map(str, value)),
 )
-def test_any_split_over_devices_is_one_device(full, split):
+def test_any_split_over_devices_is_one_device_whatever_is_kept_for_the_backward_pass(
+    full, split, kept
+):
     """Split by data, fsdp and tensor; the batch in micro-batches too where the rows are split in two."""
     mesh = helpers.mesh_of(*split)
     batch = jax.device_put(helpers.random_batch(), parallel.rows(mesh))
     accumulate = 2 if split[0] == 2 else 1
-    found = helpers.loss_and_gradients(*setting(full, mesh), batch, accumulate)
+    found = helpers.loss_and_gradients(*setting(full, mesh, **KEPT[kept]), batch, accumulate)
     assert_same(found, expected(full))
 
 
@@ -100,13 +115,3 @@ def test_sizes_that_devices_do_not_divide_are_right_all_the_same():
     wanted = helpers.loss_and_gradients(sft(tj.policy(one)), one.params, helpers.random_batch())
     batch = jax.device_put(helpers.random_batch(), parallel.rows(mesh))
     assert_same(helpers.loss_and_gradients(sft(tj.policy(two)), two.params, batch), wanted)
-
-
-@pytest.mark.parametrize("policy", ["attention", "projections", None], ids=str)
-def test_what_is_kept_for_the_backward_pass_changes_nothing(policy):
-    from trainjax.nn import remat
-
-    model = helpers.tiny(remat=policy and getattr(remat, policy), **SIZES)
-    adapter = helpers.trained(LORA, model.params)
-    found = helpers.loss_and_gradients(sft(tj.policy(model, LORA)), adapter, helpers.random_batch())
-    assert_same(found, expected(False))
