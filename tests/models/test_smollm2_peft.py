@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of torch and transformers
 ]
 
-SEQ, STEPS = 24, 20
+SEQ, STEPS = 24, families.STEPS
 LEARNING_RATE = 1e-3
 
 
