@@ -116,7 +116,7 @@ def test_a_reference_follows_the_policy_and_the_step_is_not_compiled_again():
     tx = optax.sgd(0.1)
     step, state = tj.train.make_step(tx), tj.train.init(adapter, tx)
     ours, theirs = tj.policy(model, method), tj.reference(model, method, adapter)
-    margins = []
+    margins, traced = [], 0
     for number in range(1, 5):
         state, metrics = step(state, Loss(counted, tj.losses.dpo(ours, theirs)), batch)
         margins.append(abs(float(metrics["rewards/margins"])))

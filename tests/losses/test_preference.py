@@ -430,20 +430,20 @@ def test_another_coefficient_is_no_other_program():
 
 
 BAD = {
-    "beta=0.0: it is above 0": lambda: pairwise(None, None, preference.hinge, beta=0),
-    "beta=-0.1: it is above 0": lambda: tj.losses.dpo(None, None, beta=-0.1),
+    "beta=0.0: it is above 0": lambda: pairwise(POLICY, REFERENCE, preference.hinge, beta=0),
+    "beta=-0.1: it is above 0": lambda: tj.losses.dpo(POLICY, REFERENCE, beta=-0.1),
     "label_smoothing=0.5: a share of wrong labels, from 0 to below 0.5": lambda: pairwise(
-        None, None, preference.robust, label_smoothing=0.5
+        POLICY, REFERENCE, preference.robust, label_smoothing=0.5
     ),
     "label_smoothing=0.0: a share of wrong labels, above 0 to below 0.5": lambda: pairwise(
-        None, None, preference.exo_pair, label_smoothing=0
+        POLICY, REFERENCE, preference.exo_pair, label_smoothing=0
     ),
     "hinge has no coefficient 'bata'; did you mean 'beta'\\?; it has beta": lambda: pairwise(
-        None, None, preference.hinge, bata=0.1
+        POLICY, REFERENCE, preference.hinge, bata=0.1
     ),
-    "ld_alpha=2.0 is a weight from 0 to 1": lambda: pairwise(None, None, ld_alpha=2.0),
-    "^beta=0.0: it is above 0$": lambda: kto(None, None, beta=0.0),
-    "undesirable_weight=-1.0: weights are": lambda: kto(None, None, undesirable_weight=-1.0),
+    "ld_alpha=2.0 is a weight from 0 to 1": lambda: pairwise(POLICY, REFERENCE, ld_alpha=2.0),
+    "^beta=0.0: it is above 0$": lambda: kto(POLICY, REFERENCE, beta=0.0),
+    "undesirable_weight=-1.0: weights are": lambda: kto(POLICY, REFERENCE, undesirable_weight=-1.0),
 }
 
 

@@ -167,4 +167,4 @@ def test_batches_without_scores_are_refused():
 )
 def test_coefficients_that_mean_nothing_are_refused(coefficients, message):
     with pytest.raises(ValueError, match=message):
-        tj.losses.listwise(None, None, ranking.plackett_luce, **coefficients)
+        tj.losses.listwise(bigram.Narrow(), None, ranking.plackett_luce, **coefficients)

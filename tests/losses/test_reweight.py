@@ -227,7 +227,7 @@ def test_burn_in_and_thresholds_follow_the_step_in_one_program():
         traces.append(1)
         return weigh(losses, priors, step)
 
-    step, state, found = make_step(tx), init(PARAMS, tx), []
+    step, state, found, first = make_step(tx), init(PARAMS, tx), [], 0
     for number in range(4):
         loss = reweighted(bigram.policy, Partial(counted, lin_upper(0.5, burn_in=2)))
         state, metrics = step(state, loss, batch)

@@ -342,12 +342,12 @@ def test_a_batch_without_scores_is_refused_in_a_sentence(make):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sft(None, label_smoothing=1.0), "label_smoothing=1.0 is no share"),
-        (lambda: sft(None, z_loss=-0.1), "z_loss=-0.1 would reward large logits"),
-        (lambda: dco(None, num_samples=0), "num_samples=0: coverage is of one sample"),
-        (lambda: unlikelihood(None, 0.0, alpha=-1.0), "alpha=-1.0 would raise"),
-        (lambda: reward_weighted(None, beta=0.0), "beta=0.0 is no temperature"),
-        (lambda: reward_weighted(None, max_weight=0.0), "max_weight=0.0 leaves nothing"),
+        (lambda: sft(Bigram(), label_smoothing=1.0), "label_smoothing=1.0 is no share"),
+        (lambda: sft(Bigram(), z_loss=-0.1), "z_loss=-0.1 would reward large logits"),
+        (lambda: dco(Bigram(), num_samples=0), "num_samples=0: coverage is of one sample"),
+        (lambda: unlikelihood(Bigram(), 0.0, alpha=-1.0), "alpha=-1.0 would raise"),
+        (lambda: reward_weighted(Bigram(), beta=0.0), "beta=0.0 is no temperature"),
+        (lambda: reward_weighted(Bigram(), max_weight=0.0), "max_weight=0.0 leaves nothing"),
     ],
 )
 def test_impossible_coefficients_are_refused_in_a_sentence(make, message):
