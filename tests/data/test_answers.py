@@ -154,7 +154,7 @@ ANSWERED = [{"role": "user", "content": "ok"}, {"role": "assistant", "content": 
 
 @pytest.fixture(autouse=True, scope="module")
 def unchecked():
-    """Without types checked at run time, which the other tests check: five times as fast."""
+    """Without types checked at run time, which the other tests check: twice as fast."""
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from trainjax.data.messages import Message, list_of_messages, list_of_tools
 
 Tools = Sequence[Any] | None
+Shape = Callable[[Sequence[Message]], Sequence[Message]]
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "\ue000"  # a character of private use, which no template writes by itself
 
@@ -55,12 +56,18 @@ def writer(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> Write:
     Raises:
         ValueError: the tokenizer has no chat template.
     """
-    shape, options = _shape(tokenizer, messages, tools), _options(tokenizer, tools)
+    shape = _shape(tokenizer, messages, tools)
+    return functools.partial(_write, shape, _options(tokenizer, tools))
 
-    def write(messages: Sequence[Message], *, generation: bool = False) -> str:
-        return _rendered(shape(messages), options, generation=generation)[0]
 
-    return write
+def _write(
+    shape: Shape,
+    options: Mapping[str, Any],
+    messages: Sequence[Message],
+    *,
+    generation: bool = False,
+) -> str:
+    return _rendered(shape(messages), options, generation=generation)[0]
 
 
 def has_tags(tokenizer: Any, tools: Tools) -> bool:
@@ -126,8 +133,6 @@ def _rendered(
 
 
 # --- what shape of messages a template can read ---------------------------------------------------
-
-Shape = Callable[[Sequence[Message]], Sequence[Message]]
 
 
 def _shape(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> Shape:
