@@ -1,8 +1,40 @@
+import dataclasses
+import functools
 import shutil
 
 import pytest
 
 from tests import toy
+
+# Settings that the optimizer and the step of a run do not know of.
+APART = {"model", "out", "data", "eval_data", "save_every", "keep", "eval_every", "stuck_after"}
+APART |= {"resume", "tensorboard", "wandb", "mesh", "remat", "template", "too_long", "packing"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_step_for_equal_settings():
+    """Runs of one process with equal settings have the very same step, so that its program is made once.
+
+    Methods and losses of equal settings are the same functions anyway; see `trainjax.peft`.
+    """
+    from trainjax import train
+    from trainjax.recipes._configs import StepConfig
+
+    optimizers = {}
+    optimizer = StepConfig.optimizer
+
+    def remembered(config, steps, model):
+        fields = [field.name for field in dataclasses.fields(config)]
+        known = tuple(getattr(config, name) for name in fields if name not in APART)
+        key = type(config), known, steps, model.fingerprint
+        if key not in optimizers:
+            optimizers[key] = optimizer(config, steps, model)
+        return optimizers[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepConfig, "optimizer", remembered)
+        patch.setattr(train, "make_step", functools.cache(train.make_step))
+        yield
 
 
 @pytest.fixture(scope="session")
