@@ -13,6 +13,8 @@ from tests import toy
 from tests.parallel.processes import Processes, losses
 from trainjax import cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
@@ -50,18 +52,8 @@ def on_mesh(**sizes):
     return [f"--mesh.{n}={s}" for n, s in ({"data": 1, "fsdp": 1, "tensor": 1} | sizes).items()]
 
 
-def test_two_processes_make_one_run(flags, alone, tmp_path):
-    job = Processes(2, [*flags, *on_mesh(fsdp=2), f"--out={tmp_path / 'run'}"], tmp_path)
-    assert job.wait() == [0, 0], job.said()
-    assert_same(tmp_path / "run", alone)
-    for name in ("config.json", "tokenizer.json"):
-        assert filecmp.cmp(tmp_path / "run" / "model" / name, alone / "model" / name)
-    assert "step 30/30" in job.said(0)
-    assert "step 30/30" not in job.said(1)  # one of them prints
-
-
 MESHES = {
-    2: [{"data": 2}, {"tensor": 2}, {"sequence": 2}, {"slices": 2}],
+    2: [{"data": 2}, {"fsdp": 2}, {"tensor": 2}, {"sequence": 2}, {"slices": 2}],
     4: [
         *({"data": 4}, {"fsdp": 4}, {"sequence": 4}),
         *({"data": 2, "sequence": 2}, {"fsdp": 2, "sequence": 2}, {"tensor": 2, "sequence": 2}),
@@ -80,9 +72,10 @@ for flags in own:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_every_split_gives_the_losses_of_one_process(count, flags, alone, tmp_path):
+def test_several_processes_make_one_run_and_every_split_has_its_losses(
+    count, flags, alone, tmp_path
+):
     """Two processes compile their programs as a user's do."""
     names = ["-".join(f"{axis}{size}" for axis, size in mesh.items()) for mesh in MESHES[count]]
     args = [*flags, "--save-every=0"]
@@ -93,6 +86,9 @@ def test_every_split_gives_the_losses_of_one_process(count, flags, alone, tmp_pa
     assert job.wait(900.0) == [0] * count, job.said()
     for name in names:
         assert_same(tmp_path / name, alone)
+        for file in ("config.json", "tokenizer.json"):
+            assert filecmp.cmp(tmp_path / name / "model" / file, alone / "model" / file)
+    assert ["step 30/30" in job.said(n) for n in range(count)] == [True] + [False] * (count - 1)
 
 
 LIVE = """
@@ -111,7 +107,6 @@ print(json.dumps({"leaves": {name: held(leaf) for name, leaf in leaves.items()},
 """
 
 
-@pytest.mark.slow
 def test_each_process_holds_its_share_of_what_is_split(flags, tmp_path):
     """Bytes of params and optimizer state on a process's devices; small norms are whole on each."""
     model = next(flag for flag in flags if flag.startswith("--model="))
@@ -133,7 +128,6 @@ def test_each_process_holds_its_share_of_what_is_split(flags, tmp_path):
         assert process["live"] < 1.02 * alone["live"] / count
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_on_another_mesh(flags, tmp_path):
     """One, two over `fsdp`, four over both, two over `tensor`, one: stopped by a signal to one of them."""
     out, alone = tmp_path / "run", tmp_path / "alone"
@@ -161,7 +155,6 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(flags, tmp_path):
     assert_same(out, alone, steps=120)
 
 
-@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(flags, alone, tmp_path):
     """First the one that the others ask for their places, then another."""
     out = tmp_path / "run"
@@ -180,7 +173,6 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(flags, alone, tmp_p
     assert_same(out, alone)
 
 
-@pytest.mark.slow
 def test_processes_that_disagree_say_so(flags, tmp_path):
     job = Processes(2, [*flags, f"--out={tmp_path / 'run'}"], tmp_path, each=[[], ["--seed=1"]])
     assert job.wait() == [1, 1]
