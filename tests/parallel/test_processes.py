@@ -83,7 +83,7 @@ def test_several_processes_make_one_run_and_every_split_has_its_losses(
         args += ["--", *on_mesh(**mesh), f"--out={tmp_path / name}"]
     settings = {"environ": {}} if count == 2 else {}
     job = Processes(count, args, tmp_path, program=["-c", RUNS], **settings)
-    assert job.wait(900.0) == [0] * count, job.said()
+    assert job.wait(1800.0) == [0] * count, job.said()
     for name in names:
         assert_same(tmp_path / name, alone)
         for file in ("config.json", "tokenizer.json"):
