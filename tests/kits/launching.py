@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 from tests import toy
+from tests.parallel.processes import QUICK
 
 ROOT = Path(__file__).parents[2]
 
 
 def command(folder: Path, before: str = "") -> dict[str, str]:
-    """The environment of a user: this interpreter's `trainjax` on PATH, on CPU.
+    """The environment of a user: this interpreter's `trainjax` on PATH, on CPU, quick to compile.
 
     Args:
         folder: where the command goes.
@@ -27,6 +28,7 @@ def command(folder: Path, before: str = "") -> dict[str, str]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
     path = f"{folder}:{Path(sys.executable).parent}:{environ['PATH']}"
     return environ | {
+        **QUICK,
         "PATH": path,
         "PYTHONPATH": f"{ROOT}:{environ.get('PYTHONPATH', '')}",
         "PYTHONUNBUFFERED": "1",

@@ -204,14 +204,24 @@ esac
 """
 
 
-def on_gcloud(folder, script, *flags, states="ACTIVE", jobs="0", **settings):
+GIT = r"""
+for flag in "$@"; do
+  [[ $flag != --output=* ]] || : >"${flag#--output=}" # in the place of an archive of everything
+done
+"""
+
+
+def on_gcloud(folder, script, *flags, states="ACTIVE", jobs="0", git=GIT, **settings):
     """A script with a gcloud that notes its arguments, and answers with the next state and the next end.
 
     Args:
         states: of the queued resource, at one look after the other.
         jobs: for each run, the statuses of its hosts with commas between; `cut` where none comes back.
+        git: the script that plays it; None for the real one.
     """
     environ = played(folder, "gcloud", GCLOUD) | SETTINGS | settings
+    if git is not None:
+        played(folder, "git", git)
     (folder / "states").write_text(states + "\n")
     (folder / "jobs").write_text(jobs + "\n")
     done = subprocess.run(
@@ -248,7 +258,7 @@ class TestEveryTpuScript:
 
     def test_the_job_runs_on_all_hosts_with_what_it_was_given(self, script, tmp_path):
         flags = "--xla_tpu_scoped_vmem_limit_kib=98304"
-        done, calls = on_gcloud(tmp_path, script, LIBTPU_INIT_ARGS=flags)
+        done, calls = on_gcloud(tmp_path, script, git=None, LIBTPU_INIT_ARGS=flags)
         assert done.returncode == 0, done.stderr
         (run,) = (call for call in calls if is_run(call))
         assert run[:4] == ["tpu-vm", "ssh", "t", "--worker=all"]

@@ -9,8 +9,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+
+_FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # as in tests/conftest.py
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_experimental_ynn_fusion_type="]
+QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+    "XLA_FLAGS": " ".join(_FLAGS),
+}
+"""For processes whose programs run for a moment: a toy's start takes half of the processor's time."""
 
 
 class Processes:
@@ -22,6 +33,7 @@ class Processes:
         folder: where their output goes.
         each: further ones of each.
         program: what takes them; the command line of `trainjax` by default.
+        environ: of all of them.
     """
 
     def __init__(
@@ -31,12 +43,13 @@ class Processes:
         folder: Path,
         each: Sequence[Sequence[str]] = (),
         program: Sequence[str] = ("-m", "trainjax.cli"),
+        environ: Mapping[str, str] = QUICK,
     ) -> None:
         self.folder, address = folder, f"localhost:{_free_port()}"
-        environ = {
+        theirs = {
             n: v for n, v in os.environ.items() if not n.startswith(("JAX_", "XLA_", "SLURM_"))
         }
-        environ |= {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
+        theirs |= {"JAX_PLATFORMS": "cpu", "NPROC": "16"} | environ
         self.running = []
         for number in range(count):
             place = [
@@ -54,7 +67,7 @@ class Processes:
             ]
             with (folder / f"{number}.log").open("w") as log:
                 process = subprocess.Popen(
-                    command, env=environ, stdout=log, stderr=subprocess.STDOUT
+                    command, env=theirs, stdout=log, stderr=subprocess.STDOUT
                 )
             self.running.append(process)
 

@@ -11,6 +11,9 @@ import pytest
 
 from tests import toy
 from tests.parallel.processes import Processes, losses
+from trainjax import cli
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -26,52 +29,66 @@ def flags(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(flags, tmp_path_factory):
-    """The folder of the run in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    job = Processes(1, [*flags, f"--out={folder / 'run'}"], folder)
-    assert job.wait() == [0], job.said()
-    return folder / "run"
-
-
-def finished(flags, folder, count, **mesh):
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | mesh
-    own = [f"--mesh.{name}={size}" for name, size in sizes.items()]
-    job = Processes(count, [*flags, *own, f"--out={folder / 'run'}"], folder)
-    assert job.wait() == [0] * count, job.said()
-    return job
+    """The folder of the run in one process: this one."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert cli.main([*flags, f"--out={run}"]) == 0
+    return run
 
 
 def assert_same(out, alone, steps=30):
     found, expected = losses(out), losses(alone)
     assert found.keys() == expected.keys() == set(range(1, steps + 1))
     np.testing.assert_allclose(
-        [found[step] for step in expected], list(expected.values()), rtol=0, atol=1e-5
+        [found[step] for step in expected],
+        list(expected.values()),
+        rtol=0,
+        atol=1e-5,
+        err_msg=str(out),
     )
 
 
-def test_two_processes_make_one_run(flags, alone, tmp_path):
-    job = finished(flags, tmp_path, 2, fsdp=2)
-    assert_same(tmp_path / "run", alone)
-    for name in ("config.json", "tokenizer.json"):
-        assert filecmp.cmp(tmp_path / "run" / "model" / name, alone / "model" / name)
-    assert "step 30/30" in job.said(0)
-    assert "step 30/30" not in job.said(1)  # one of them prints
+def on_mesh(**sizes):
+    """The flags of a mesh whose other axes are of one device."""
+    return [f"--mesh.{n}={s}" for n, s in ({"data": 1, "fsdp": 1, "tensor": 1} | sizes).items()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        *({"data": 2}, {"tensor": 2}, {"sequence": 2}, {"slices": 2}),
+MESHES = {
+    2: [{"data": 2}, {"fsdp": 2}, {"tensor": 2}, {"sequence": 2}, {"slices": 2}],
+    4: [
         *({"data": 4}, {"fsdp": 4}, {"sequence": 4}),
         *({"data": 2, "sequence": 2}, {"fsdp": 2, "sequence": 2}, {"tensor": 2, "sequence": 2}),
         *({"data": 2, "fsdp": 2}, {"data": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}),
     ],
-    ids=lambda mesh: "-".join(f"{axis}{size}" for axis, size in mesh.items()),
-)
-def test_every_split_gives_the_losses_of_one_process(mesh, flags, alone, tmp_path):
-    finished(flags, tmp_path, int(np.prod(list(mesh.values()))), **mesh)
-    assert_same(tmp_path / "run", alone)
+}
+# One run after the other in the same processes, which start once. Words before `--` are all runs'.
+RUNS = """
+import sys
+from trainjax import cli, parallel
+place = dict(flag.lstrip("-").split("=") for flag in sys.argv[1:4])
+parallel.initialize(place["coordinator"], int(place["num-processes"]), int(place["process-id"]))
+shared, *own = " ".join(sys.argv[4:]).split(" -- ")
+for flags in own:
+    assert cli.main([*shared.split(), *flags.split()]) == 0, flags
+"""
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_make_one_run_and_every_split_has_its_losses(
+    count, flags, alone, tmp_path
+):
+    """Two processes compile their programs as a user's do."""
+    names = ["-".join(f"{axis}{size}" for axis, size in mesh.items()) for mesh in MESHES[count]]
+    args = [*flags, "--save-every=0"]
+    for name, mesh in zip(names, MESHES[count], strict=True):
+        args += ["--", *on_mesh(**mesh), f"--out={tmp_path / name}"]
+    settings = {"environ": {}} if count == 2 else {}
+    job = Processes(count, args, tmp_path, program=["-c", RUNS], **settings)
+    assert job.wait(1800.0) == [0] * count, job.said()
+    for name in names:
+        assert_same(tmp_path / name, alone)
+        for file in ("config.json", "tokenizer.json"):
+            assert filecmp.cmp(tmp_path / name / "model" / file, alone / "model" / file)
+    assert ["step 30/30" in job.said(n) for n in range(count)] == [True] + [False] * (count - 1)
 
 
 LIVE = """
@@ -90,20 +107,18 @@ print(json.dumps({"leaves": {name: held(leaf) for name, leaf in leaves.items()},
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_each_process_holds_its_share_of_what_is_split(count, flags, tmp_path):
+def test_each_process_holds_its_share_of_what_is_split(flags, tmp_path):
     """Bytes of params and optimizer state on a process's devices; small norms are whole on each."""
+    model = next(flag for flag in flags if flag.startswith("--model="))
     held = {}
-    for number in (1, count):
-        folder = tmp_path / str(number)
+    for count in (1, 2, 4):
+        folder = tmp_path / str(count)
         folder.mkdir()
-        model = next(flag for flag in flags if flag.startswith("--model="))
-        job = Processes(number, [model], folder, program=["-c", LIVE])
-        assert job.wait() == [0] * number, job.said()
-        held[number] = [json.loads(job.said(n).splitlines()[-1]) for n in range(number)]
-    (alone,) = held[1]
-    for process in held[count]:
+        job = Processes(count, [model], folder, program=["-c", LIVE])
+        assert job.wait() == [0] * count, job.said()
+        held[count] = [json.loads(job.said(n).splitlines()[-1]) for n in range(count)]
+    (alone,) = held.pop(1)
+    for count, process in ((n, process) for n, processes in held.items() for process in processes):
         shares = {name: alone["leaves"][name] / size for name, size in process["leaves"].items()}
         matrices = [
             share for name, share in shares.items() if "kernel" in name or "embedding" in name
@@ -113,7 +128,6 @@ def test_each_process_holds_its_share_of_what_is_split(count, flags, tmp_path):
         assert process["live"] < 1.02 * alone["live"] / count
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_on_another_mesh(flags, tmp_path):
     """One, two over `fsdp`, four over both, two over `tensor`, one: stopped by a signal to one of them."""
     out, alone = tmp_path / "run", tmp_path / "alone"
@@ -126,11 +140,10 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(flags, tmp_path):
     assert job.wait() == [0], job.said()
     stages = [(1, {}), (2, {"fsdp": 2}), (4, {"fsdp": 2, "tensor": 2}), (2, {"tensor": 2}), (1, {})]
     for number, (count, mesh) in enumerate(stages):
-        own = [f"--mesh.{name}={mesh.get(name, 1)}" for name in ("data", "fsdp", "tensor")]
         resume = ["--resume"] if number else []
         logs = tmp_path / str(number)
         logs.mkdir()
-        job = Processes(count, [*flags, *own, *resume, f"--out={out}"], logs)
+        job = Processes(count, [*flags, *on_mesh(**mesh), *resume, f"--out={out}"], logs)
         if number < len(stages) - 1:
             job.wait_for_step(out, max(losses(out), default=0) + 2)
             job.kill(count - 1, signal.SIGTERM)
@@ -142,25 +155,24 @@ def test_a_run_goes_on_with_other_processes_on_another_mesh(flags, tmp_path):
     assert_same(out, alone, steps=120)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(killed, flags, alone, tmp_path):
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(flags, alone, tmp_path):
+    """First the one that the others ask for their places, then another."""
     out = tmp_path / "run"
     args = [*flags, "--mesh.fsdp=2", "--save-every=5", f"--out={out}"]
-    job = Processes(2, args, tmp_path)
-    job.wait_for_step(out, 12)
-    job.kill(killed)
-    statuses = job.wait(60.0)
-    assert statuses[killed] == -signal.SIGKILL
-    assert statuses[1 - killed] != 0
-    said = job.said(1 - killed)
-    assert "another process of this run has gone" in said or "another task died" in said
+    for killed, step in enumerate((12, 22)):
+        job = Processes(2, [*args, "--resume"], tmp_path)
+        job.wait_for_step(out, step)
+        job.kill(killed)
+        statuses = job.wait(60.0)
+        assert statuses[killed] == -signal.SIGKILL
+        assert statuses[1 - killed] != 0
+        said = job.said(1 - killed)
+        assert "another process of this run has gone" in said or "another task died" in said
     again = Processes(2, [*args, "--resume"], tmp_path)
     assert again.wait() == [0, 0], again.said()
     assert_same(out, alone)
 
 
-@pytest.mark.slow
 def test_processes_that_disagree_say_so(flags, tmp_path):
     job = Processes(2, [*flags, f"--out={tmp_path / 'run'}"], tmp_path, each=[[], ["--seed=1"]])
     assert job.wait() == [1, 1]

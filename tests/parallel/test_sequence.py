@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -10,18 +11,13 @@ import numpy as np
 import pytest
 
 from tests import helpers
-from trainjax import parallel, peft
+from trainjax import parallel, peft, tree
 from trainjax.losses import sft
+from trainjax.models import Model
 from trainjax.nn import remat
 from trainjax.ops.fold import Fold, fold
-from trainjax.policies import policy
+from trainjax.policies import Policy, policy
 
-METHODS = {
-    "lora": peft.lora(rank=2),
-    "prefix": peft.prefix(num_virtual_tokens=3),
-    "molora": peft.molora(rank=2, experts=2),
-    "full": None,
-}
 MESHES = {
     "data": {"data": 2, "fsdp": 1},
     "fsdp": {"fsdp": 2},
@@ -40,86 +36,73 @@ def batch_of(rows: int = 4, seq: int = 16):
     return helpers.packed(examples, [[0, 1], [2], [3, 4], [5]][:rows], seq)
 
 
-def trace(method, mesh, batch, std=0.1, **settings):
-    model = helpers.tiny(mesh=mesh, **settings)
-    params = model.params
-    if method is not None:
-        params = helpers.randomised(method.init(jax.random.key(0), params), std)
-    if mesh is not None:
-        batch = jax.device_put(batch, parallel.rows(mesh))
-    return helpers.loss_and_gradients(sft(policy(model, method)), params, batch)
-
-
-@pytest.mark.parametrize(
-    ("method", "split", "settings"),
-    [
-        ("lora", "data", {"remat": remat.full}),
-        ("lora", "alone", {"remat": None}),
-        ("full", "tensor", {"remat": remat.attention}),
-        (
-            "full",
-            "fsdp",
-            {"remat": remat.projections, "sliding_window": 5, "model_type": "mistral"},
-        ),
-        ("prefix", "data", {"remat": remat.full}),
-        ("molora", "fsdp", {"remat": remat.full}),
-    ],
-)
-def test_loss_and_gradients_are_those_of_whole_rows(method, split, settings):
-    batch = batch_of()
-    expected = trace(METHODS[method], None, batch, **settings)
-    found = trace(METHODS[method], mesh(**MESHES[split]), batch, **settings)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    helpers.assert_close(found[1], expected[1], 1e-5)
-
-
-def test_completions_that_share_a_prompt_see_it_across_devices():
+def shared_prompts(seq: int):
+    """A prompt of five tokens and two completions in each row."""
     rng = np.random.default_rng(1)
-    segments = np.tile([1] * 5 + [2] * 6 + [3] * 5, (4, 1)).astype(np.int32)
-    batch = {
-        "tokens": rng.integers(1, 61, (4, 16), np.int32),
+    segments = np.tile([1] * 5 + [2] * 6 + [3] * 5 + [0] * (seq - 16), (4, 1)).astype(np.int32)
+    places = [*range(5), *range(5, 11), *range(5, 10), *[0] * (seq - 16)]
+    return {
+        "tokens": rng.integers(1, 61, (4, seq), np.int32),
         "segments": segments,
         "prefixes": np.where(segments > 1, 1, 0).astype(np.int32),
-        "positions": np.tile([*range(5), *range(5, 11), *range(5, 10)], (4, 1)).astype(np.int32),
+        "positions": np.tile(places, (4, 1)).astype(np.int32),
         "weights": (segments > 1) / np.float32(44),
     }
-    expected = trace(METHODS["lora"], None, batch)
-    found = trace(METHODS["lora"], mesh(fsdp=2), batch)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    helpers.assert_close(found[1], expected[1], 1e-5)
 
 
-def test_adapters_by_row_follow_the_parts_of_their_rows():
-    method = peft.switched(3, rank=2)
-    batch = batch_of() | {"adapters": np.array([2, 0, -1, 1], np.int32)}
-    expected = trace(method, None, batch, std=0.05)
-    found = trace(method, mesh(data=2, fsdp=1), batch, std=0.05)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    helpers.assert_close(found[1], expected[1], 1e-5)
+def laid_out(grid, keep, **settings) -> Model:
+    """The tiny model over a mesh, or whole on one device where that is None."""
+    whole = helpers.tiny(**settings)
+    module = whole.module.clone(mesh=grid, remat=keep)
+    return dataclasses.replace(whole, module=module, params=parallel.place(whole.params, grid))
 
 
-def test_reports_are_in_the_order_of_the_tokens():
-    batch = batch_of()
-    method = METHODS["molora"]
-
-    def reports(mesh):
-        model = helpers.tiny(mesh=mesh)
-        adapter = helpers.randomised(method.init(jax.random.key(0), model.params), 0.1)
-        return jax.jit(policy(model, method).reports)(adapter, batch)
-
-    helpers.assert_close(reports(mesh(fsdp=2)), reports(None), 1e-5)
+@jax.jit
+def of_adapter(policy: Policy, adapter, batch):
+    """The loss, and the gradients of the adapter."""
+    return jax.value_and_grad(lambda adapter: sft(policy)(adapter, batch, None)[0])(adapter)
 
 
-def test_every_device_computes_its_own_tokens_and_nothing_is_whole():
-    """No array of the compiled step has more tokens than a device's own in the width of a layer."""
-    model = helpers.tiny(
-        mesh=mesh(data=2, fsdp=1), num_hidden_layers=3
-    )  # 3 layers' inputs are kept
-    method = METHODS["lora"]
-    adapter = method.init(jax.random.key(0), model.params)
-    batch = jax.device_put(batch_of(seq=20), parallel.rows(model.module.mesh))
-    loss = sft(policy(model, method))
-    text = jax.jit(jax.grad(lambda p: loss(p, batch, None)[0])).lower(adapter).compile().as_text()
+@jax.jit
+def of_everything(policy: Policy, adapter, batch):
+    """The loss; the gradients of adapter and base, and what weights report of the forward pass."""
+
+    def loss(trained):
+        own = dataclasses.replace(policy, base=trained["base"])
+        value, _ = sft(own)(trained["adapter"], batch, None)
+        return value, own.reports(trained["adapter"], batch)
+
+    trained = {"adapter": adapter, "base": policy.base}
+    (value, reports), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
+    return value, gradients | {"reports": reports}
+
+
+def assert_like_whole_rows(f, method, sizes, keep, batches, std=0.1, **settings) -> str:
+    """`f` finds over the mesh what it finds on one device; returns the text of its program there."""
+    grid = mesh(**sizes)
+
+    def given(model):
+        start = method.init(jax.random.key(0), model.params)
+        return policy(model, method), helpers.randomised(start, std)
+
+    alone, split = given(laid_out(None, None, **settings)), given(laid_out(grid, keep, **settings))
+    placed = [jax.device_put(batch, parallel.rows(grid)) for batch in batches]
+    program = f.lower(*split, placed[0]).compile()
+    for batch, parts in zip(batches, placed, strict=True):
+        expected, found = jax.device_get((f(*alone, batch), program(*split, parts)))
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+        helpers.assert_close(*map(tree.flatten, (found[1], expected[1])), 1e-5)
+    return program.as_text()
+
+
+@pytest.mark.parametrize(("split", "keep"), [("data", remat.full), ("alone", None)])
+def test_rows_and_their_shared_prompts_are_as_whole_and_nothing_is_whole_on_a_device(split, keep):
+    """No array of the program has more tokens than a device's own in the width of a layer."""
+    settings = {"num_hidden_layers": 3}  # 3 layers' inputs are kept
+    packed = batch_of(seq=20)
+    batches = packed | {"prefixes": np.zeros((4, 20), np.int32)}, shared_prompts(20)
+    method = peft.lora(rank=2)
+    text = assert_like_whole_rows(of_adapter, method, MESHES[split], keep, batches, **settings)
     widths = {32, 48}
     sizes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     held = {np.prod(shape[:-1]) for shape in sizes if len(shape) > 1 and shape[-1] in widths}
@@ -127,6 +110,33 @@ def test_every_device_computes_its_own_tokens_and_nothing_is_whole():
     assert tokens // 4 in held  # a device's own
     assert not held & {tokens, tokens // 2, 2 * tokens}
     assert "all-gather" in text  # of keys and values
+
+
+@pytest.mark.parametrize(
+    ("method", "split", "keep", "settings"),
+    [
+        (peft.prefix(num_virtual_tokens=3), "tensor", remat.attention, {}),
+        (
+            peft.molora(rank=2, experts=2),
+            "fsdp",
+            remat.projections,
+            {"sliding_window": 5, "model_type": "mistral"},
+        ),
+    ],
+    ids=["prefix", "molora"],
+)
+def test_every_gradient_is_that_of_whole_rows_and_reports_are_in_their_order(
+    method, split, keep, settings
+):
+    """Of the adapter and of the base, as in full training."""
+    batches = [batch_of()]
+    assert_like_whole_rows(of_everything, method, MESHES[split], keep, batches, **settings)
+
+
+def test_adapters_by_row_follow_the_parts_of_their_rows():
+    method = peft.switched(3, rank=2)
+    batch = batch_of() | {"adapters": np.array([2, 0, -1, 1], np.int32)}
+    assert_like_whole_rows(of_adapter, method, MESHES["data"], remat.full, [batch], std=0.05)
 
 
 def test_folded_rows_are_the_devices_own_tokens():

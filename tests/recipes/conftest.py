@@ -1,8 +1,59 @@
+import dataclasses
+import functools
 import shutil
 
 import pytest
 
 from tests import toy
+
+# Settings that neither a run's optimizer nor its first params depend on.
+APART = {"model", "out", "data", "eval_data", "save_every", "keep", "eval_every", "stuck_after"}
+APART |= {"resume", "tensorboard", "wandb", "remat", "template", "too_long", "packing"}
+
+
+def remembered(f, apart):
+    """`f(config, ..., model)` that is asked once for equal settings and the same model."""
+    found = {}
+
+    def call(config, *args, **named):
+        *steps, model = *args, *named.values()
+        if not model.fingerprint:  # shapes alone, in the place of a model
+            return f(config, *steps, model)
+        fields = {field.name for field in dataclasses.fields(config)} - apart
+        settings = tuple((name, getattr(config, name)) for name in sorted(fields))
+        key = type(config), settings, *steps, model.fingerprint
+        if key not in found:
+            found[key] = f(config, *steps, model)
+        return found[key]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """What runs with equal settings have in common: the optimizer, the step, what they start with."""
+    from trainjax import train
+    from trainjax.recipes import _training
+    from trainjax.recipes._configs import StepConfig
+
+    return [
+        (StepConfig, "optimizer", remembered(StepConfig.optimizer, APART | {"mesh"})),
+        (train, "make_step", functools.cache(train.make_step)),
+        (_training, "first_params", remembered(_training.first_params, APART)),
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program_for_equal_settings(shared):
+    """Runs of this process with equal settings have the very same step, which so compiles once.
+
+    Methods and losses of equal settings are the same functions anyway; see `trainjax.peft`. A run copies
+    what it starts with.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for where, name, f in shared:
+            patch.setattr(where, name, f)
+        yield
 
 
 @pytest.fixture(scope="session")

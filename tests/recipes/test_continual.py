@@ -122,7 +122,7 @@ def test_learning_a_task_lowers_its_held_out_loss(finished):
 
 
 def test_measures_are_those_of_the_matrix(run, tmp_path, tasks, capsys):
-    assert run(*held_out(tasks, TASKS[:2]), method__name="sequential", steps=6) == 0
+    assert run(*held_out(tasks, TASKS[:2]), method__name="sequential") == 0
     found = result(tmp_path / "run")
     assert found["score"] == "mean_token_accuracy"
     matrix = np.asarray(found["scores"]["mean_token_accuracy"])

@@ -74,8 +74,8 @@ def test_packed_pairs_train_too(dpo, tmp_path):
 
 
 def test_a_loss_without_a_reference_and_one_with_supervision(dpo, tmp_path):
-    assert dpo(loss__name="simpo", loss__gamma=0.5, steps=2) == 0
-    assert dpo(loss__sft=0.1, steps=2, out=tmp_path / "other") == 0
+    assert dpo(loss__name="simpo", loss__gamma=0.5) == 0
+    assert dpo(loss__sft=0.1, out=tmp_path / "other") == 0
     assert "mean_token_accuracy" in toy.trace(tmp_path / "other")[0]
 
 
@@ -90,15 +90,13 @@ def test_soft_labels_are_made_of_margins(dpo, tmp_path, capsys):
 
 def test_several_losses_are_added_with_their_weights(dpo, tmp_path):
     flags = ("--loss.name", "sigmoid", "simpo", "--loss.weight", 0.5, 2, "--loss.gamma", 0.2)
-    assert dpo(*flags, steps=2) == 0
-    assert (
-        dpo("--resume", *flags, steps=2) == 0
-    )  # a list of names is the same one when it is read back
+    assert dpo(*flags) == 0
+    assert dpo("--resume", *flags) == 0  # a list of names is the same one when it is read back
     both = toy.trace(tmp_path / "run")[0]
     assert {"sigmoid/rewards/margins", "simpo/rewards/margins"} <= both.keys()
     alone = []
     for name, more in (("sigmoid", {}), ("simpo", {"loss__gamma": 0.2})):
-        assert dpo(loss__name=name, steps=2, out=tmp_path / name, **more) == 0
+        assert dpo(loss__name=name, out=tmp_path / name, **more) == 0
         alone.append(toy.trace(tmp_path / name)[0]["loss"])
     assert both["loss"] == pytest.approx(0.5 * alone[0] + 2 * alone[1], rel=1e-5)
 
@@ -122,9 +120,9 @@ def test_a_cached_reference_trains_alike_and_is_computed_once(dpo, tmp_path, cap
 
 def test_a_cached_reference_of_other_rows_is_refused(dpo, tmp_path, capsys):
     data = toy.write_jsonl(tmp_path / "own.jsonl", PAIRS)
-    assert dpo("--cache-reference", data=data, steps=1) == 0
+    assert dpo("--cache-reference", data=data) == 0
     toy.write_jsonl(data, PAIRS[::-1])
-    assert dpo("--cache-reference", data=data, steps=1, out=tmp_path / "other") == 1
+    assert dpo("--cache-reference", data=data, out=tmp_path / "other") == 1
     assert "own.jsonl.reference.safetensors holds log-probabilities of other examples" in (
         capsys.readouterr().err
     )
@@ -134,8 +132,8 @@ def test_another_model_may_be_the_reference_if_it_has_the_same_tokens(dpo, tmp_p
     model = load(toy.model_folder(tmp_path / "toy"))
     other = tmp_path / "moved"
     save_model(other, model, helpers.randomised(model.params, 0.12))
-    assert dpo(reference=other, steps=2) == 0
-    assert dpo("--cache-reference", reference=other, steps=2, out=tmp_path / "cached") == 0
+    assert dpo(reference=other) == 0
+    assert dpo("--cache-reference", reference=other, out=tmp_path / "cached") == 0
     ours = toy.trace(tmp_path / "run")[0]
     assert abs(ours["rewards/margins"]) > 1e-3  # a fresh adapter is not that reference
     np.testing.assert_allclose(losses_of(tmp_path / "cached"), losses_of(tmp_path / "run"), 1e-5)
@@ -155,8 +153,8 @@ def test_a_model_with_a_sliding_window_trains_on_prompts_of_their_own(dpo, tmp_p
 
 
 def test_a_resumed_run_with_another_loss_is_refused(dpo, capsys):
-    assert dpo(steps=2) == 0
-    assert dpo("--resume", steps=2, loss__beta=0.3) == 1
+    assert dpo() == 0
+    assert dpo("--resume", loss__beta=0.3) == 1
     assert "had loss.beta=None, now it is 0.3" in capsys.readouterr().err
 
 

@@ -46,6 +46,12 @@ def mesh():
     return parallel.mesh(data=1, fsdp=2, tensor=2)
 
 
+@pytest.fixture(scope="module")
+def toy_model(mesh):
+    """With weights, over the mesh."""
+    return random_model(toy.CONFIG | {"dtype": "float32"}, jax.random.key(0), mesh=mesh)
+
+
 def layouts(state):
     return {
         jax.tree_util.keystr(path): (x.shape, str(x.dtype), x.sharding)
@@ -68,12 +74,9 @@ def layouts(state):
     ],
     ids=str,
 )
-def test_weights_and_state_are_a_real_runs_byte_by_byte_on_each_device(mesh, changes):
-    given = settings(**changes)
-    hf = toy.CONFIG | {"dtype": "float32"}
-    step = programs.program(hf, given, mesh, compute=jnp.float32)
-
-    model = random_model(hf, jax.random.key(0), mesh=mesh)
+def test_weights_and_state_are_a_real_runs_byte_by_byte_on_each_device(mesh, toy_model, changes):
+    given, model = settings(**changes), toy_model
+    step = programs.program(model.hf, given, mesh, compute=jnp.float32)
     if given.base_format is not None:
         params = quant.quantise(model.params, common.BASE_FORMATS[given.base_format])
         model = model.with_params(params)

@@ -100,12 +100,12 @@ class TestReward:
         assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
 
     def test_packed_pairs_with_margins_train_too(self, reward, tmp_path):
-        rows = [row | {"margin": 1.0} for row in PAIRS]
-        with_margins = toy.write_jsonl(tmp_path / "margins.jsonl", rows)
         settings = {"packing": "best-fit", "batch_size": 4, "steps": 2, "learning_rate": 1e-3}
-        assert reward(**settings) == 0
-        assert reward(**settings, data=with_margins, out=tmp_path / "other") == 0
-        plain, wide = (toy.trace(tmp_path / run)[0]["loss"] for run in ("run", "other"))
+        for name, margin in (("plain", 0.0), ("wide", 1.0)):
+            rows = [row | {"margin": margin} for row in PAIRS]
+            data = toy.write_jsonl(tmp_path / f"{name}.jsonl", rows)
+            assert reward(**settings, data=data, out=tmp_path / name) == 0
+        plain, wide = (toy.trace(tmp_path / run)[0]["loss"] for run in ("plain", "wide"))
         # -log sigmoid(d - 1) is above -log sigmoid(d) by 0.62 at d = 0
         assert 0.5 < wide - plain < 0.75
 
@@ -118,15 +118,15 @@ class TestReward:
     def test_a_resumed_run_is_the_uninterrupted_one_and_keeps_its_coefficient(
         self, reward, tmp_path, capsys
     ):
-        assert reward(save_every=2, steps=4) == 0
+        assert reward(save_every=3) == 0
         whole = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-        (tmp_path / "run" / "checkpoints" / "4" / "manifest.json").write_text("")
-        assert reward("--resume", save_every=2, steps=4) == 0
+        (tmp_path / "run" / "checkpoints" / "6" / "manifest.json").write_text("")
+        assert reward("--resume", save_every=3) == 0
         again = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
         assert whole.keys() == again.keys()
         for name, tensor in whole.items():
             np.testing.assert_array_equal(again[name], tensor)
-        assert reward("--resume", steps=4, center_rewards_coefficient=0.5) == 1
+        assert reward("--resume", center_rewards_coefficient=0.5) == 1
         assert "had center_rewards_coefficient=0.0, now it is 0.5" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
