@@ -3,7 +3,7 @@
 Programs compile sooner and run slower than a user's: most tests run each of theirs once or twice. A module
 that runs a real model asks for the fixture `optimised`, a test for `optimised_here`; with DEFAULT_EMITTERS=1
 in the environment XLA compiles loops as in a user's process. On JAX before 0.11 a program that an earlier
-test of the process had is read back from a folder that lives as long as the process.
+test had, of any worker, is read back from a folder that lives as long as the session.
 """
 
 import atexit
@@ -31,6 +31,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import helpers  # noqa: E402
+from tests.seconds import pytest_terminal_summary  # noqa: E402, F401
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
@@ -40,9 +41,10 @@ gc.set_threshold(200_000, 20, 20)  # a traced program is many objects, none of t
 if has_older_emitters:
     from jax._src import compilation_cache as cache  # no public setting leaves programs out
 
-    compiled = tempfile.mkdtemp(prefix="trainjax-tests-")
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-    jax.config.update("jax_compilation_cache_dir", compiled)
+    if "PROGRAMS_OF_TESTS" not in os.environ:  # the session that starts the workers, or one alone
+        os.environ["PROGRAMS_OF_TESTS"] = tempfile.mkdtemp(prefix="trainjax-tests-")
+        atexit.register(shutil.rmtree, os.environ["PROGRAMS_OF_TESTS"], ignore_errors=True)
+    jax.config.update("jax_compilation_cache_dir", os.environ["PROGRAMS_OF_TESTS"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
     # A program of several CPU devices that is read back has its collectives in no order: devices that
@@ -50,8 +52,11 @@ if has_older_emitters:
     read, write = cache.get_executable_and_time, cache.put_executable_and_time
 
     def read_if_alone(key, options, backend, devices):
-        """What is in the folder, of programs of one device."""
-        return read(key, options, backend, devices) if len(devices) == 1 else (None, None)
+        """What is in the folder, of programs of one device; nothing while another worker writes it."""
+        try:
+            return read(key, options, backend, devices) if len(devices) == 1 else (None, None)
+        except Exception:  # half a file: whatever the reader makes of it
+            return None, None
 
     def write_if_alone(key, name, executable, backend, seconds):
         """Puts programs of one device into the folder."""

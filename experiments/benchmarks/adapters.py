@@ -30,7 +30,7 @@ ROWS, SEQ, PROMPT, ANSWER = 12, 128, 64, 32
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one call, to the end of what it starts on the device."""
+    """Seconds of one call, to the end of what it starts on the device."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
@@ -38,7 +38,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 @platform.jit
 def logprobs(policy: Any, params: Any, batch: Any) -> Any:
-    """Of the batch's tokens."""
+    """Log-probabilities of the batch's tokens."""
     return policy(params, batch).logprobs
 
 

@@ -76,7 +76,7 @@ class StepClock(TrainerCallback):
     on_train_begin = on_step_end = mark
 
     def figures(self) -> dict[str, list[float]]:
-        """Of each step: seconds, the cores that it used, those that other processes used."""
+        """Figures of each step: seconds, the cores that it used, those that other processes used."""
         spans = pairwise(self.marks)
         steps = [[end - begin for begin, end in zip(*span, strict=True)] for span in spans]
         return {

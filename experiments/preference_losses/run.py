@@ -110,7 +110,7 @@ def trained(setting: Setting, loss: Loss, seed: int) -> tuple[Params, list[float
 
 @jax.jit
 def judged(policy: policies.Policy, adapter: Params, batch: Batch) -> dict[str, jax.Array]:
-    """Of a held-out batch: weighted sums over its pairs."""
+    """Weighted sums over the pairs of a held-out batch."""
     where = batch["completions"] > 0
     logprobs = policy(adapter, batch, where=where).logprobs
     found = pairs_of(logprobs, batch["reference_logprobs"], batch)
@@ -127,13 +127,13 @@ def judged(policy: policies.Policy, adapter: Params, batch: Batch) -> dict[str, 
 
 
 def held_out(setting: Setting, adapter: Params) -> dict[str, float]:
-    """Of the held-out pairs: how often the implied reward is right, and by how much (in nats, beta = 1)."""
+    """Held-out pairs: how often the implied reward is right, and by how much (in nats, beta = 1)."""
     parts = [judged(setting.policy, adapter, batch) for batch in setting.held_out]
     return {name: float(sum(part[name] for part in parts)) for name in parts[0]}
 
 
 def sampled(setting: Setting, adapter: Params, seed: int) -> dict[str, float]:
-    """Of samples at temperature 1: mean length, and KL to the reference, per answer, from them."""
+    """Figures of samples at temperature 1: mean length, and KL to the reference, per answer, from them."""
     model = setting.model
     tuned = model.with_params(METHOD.attach(model.params, adapter))
     answers = rollout.generate(

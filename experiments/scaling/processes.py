@@ -105,7 +105,7 @@ def watch(running: list[subprocess.Popen[bytes]], out: Path) -> None:
 
 
 def times(out: Path) -> list[float]:
-    """Of the steps of a run but the first two, in seconds."""
+    """Seconds of the steps of a run but the first two."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [record["seconds"] for record in records if "seconds" in record][2:]
 

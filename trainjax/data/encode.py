@@ -42,7 +42,7 @@ def refuse(length: int, max_length: int) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """That an example is several completions of a prompt, each a segment of its own.
+    """Several completions of a prompt as one example, each a segment of its own.
 
     Attributes:
         size: completions of an example, of the one that has most.

@@ -27,7 +27,7 @@ class Architecture(NamedTuple):
 
 
 def architecture(metadata: Mapping[str, Any]) -> Architecture:
-    """That of a file.
+    """The architecture of a file, by its metadata.
 
     Raises:
         ValueError: one that is not known.

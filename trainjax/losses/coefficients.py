@@ -33,7 +33,7 @@ def positive(name: str, value: Any) -> Any:
 
 
 def check_names(loss: Callable[..., Any], coefficients: Mapping[str, Any]) -> None:
-    """That a loss has the coefficients: the parameters after its first.
+    """Check that a loss has the coefficients, which are the parameters after its first.
 
     Raises:
         ValueError: it has none of that name; those that it has are named.

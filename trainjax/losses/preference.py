@@ -297,7 +297,7 @@ LOSSES: Mapping[str, PairLoss] = {
 }
 """Every loss above that needs no more than pairs, by the name of its function."""
 WITHOUT_REFERENCE = frozenset(LOSSES[name] for name in ("simpo", "orpo", "cpo", "rrhf"))
-"""Those of them that read no reference."""
+"""Losses of pairs that read no reference."""
 
 
 # --- the wiring ---------------------------------------------------------------------------------

@@ -365,7 +365,7 @@ def _scores(batch: Batch) -> Tokens:
 
 
 def _totals(values: Tokens, segments: Int[Array, "batch seq"]) -> Tokens:
-    """At every token the sum of the values over its segment."""
+    """Sum of the values over each token's segment."""
 
     def of_row(values: Array, segments: Array) -> Array:
         return jnp.zeros(values.size + 1, values.dtype).at[segments].add(values)[segments]

@@ -23,7 +23,7 @@ Consensus = Callable[[Sequence[Part], Sequence[float]], Part]
 
 
 def weighted_mean(deltas: Sequence[Part], weights: Sequence[float]) -> Part:
-    """Of each entry, the mean by weight of those with the elected sign.
+    """Mean by weight, of each entry, of the models with the elected sign.
 
     The elected sign is that of `sum_i w_i tau_i`, positive at zero. Entries that are zero have no
     say. Agrees with mergekit 0.1.5 `ties` for weights that are not negative; a negative one here
@@ -36,7 +36,7 @@ def weighted_mean(deltas: Sequence[Part], weights: Sequence[float]) -> Part:
 
 
 def counted_mean(deltas: Sequence[Part], weights: Sequence[float]) -> Part:
-    """Of each entry, `sum w_i tau_i / count` over those with the elected sign.
+    """Mean by count, `sum w_i tau_i / count` of each entry, of the models with the elected sign.
 
     The elected sign is that of `sum_i tau_i`, positive at zero: weights have no say in it, and they
     scale the result. Agrees with PEFT 0.21 `merge_utils.ties`.
@@ -107,7 +107,7 @@ class Kept(NamedTuple):
 
 
 def largest(blocks: Iterable[Block], density: float) -> list[Kept]:
-    """Of each model the `int(density * size)` largest differences, at least one."""
+    """The `int(density * size)` largest differences of each model, at least one."""
     upper = _histograms(blocks)
     count = max(1, int(density * int(upper[0].sum())))
     digits, counts = zip(*(_digit(histogram, count) for histogram in upper), strict=True)

@@ -42,7 +42,7 @@ class Dense(nn.Module):
 
 
 def latest(old: Any, new: Any) -> Any:
-    """Of two values that a layer leaves under one name, the later."""
+    """The later of two values that a layer leaves under one name."""
     return new
 
 

@@ -66,7 +66,7 @@ def rows(take: Callable[[Array], Array], w: Array | Weight) -> Float[Array, "*ro
 
 @own_gradient()
 def _matmul(x: Array, w: Array) -> Array:
-    """Its gradients are `dot`s too; those of a product that is cast afterwards would be of float32.
+    """Product whose gradients are `dot`s too; a product that is cast afterwards would have them in float32.
 
     For bf16 on CPU alone: elsewhere autodiff gives the same products.
     """

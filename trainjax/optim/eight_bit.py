@@ -42,7 +42,7 @@ class EightBit:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the array."""
+        """Shape of the array that it stands for."""
         return self.codes.shape
 
     @classmethod

@@ -38,7 +38,7 @@ class Plain(NamedTuple):
 
 
 class FiraState(NamedTuple):
-    """Of all parameters.
+    """State of Fira over all parameters.
 
     Attributes:
         step: steps done.
@@ -200,7 +200,7 @@ def _out_of(basis: Array, x: Array, side: int) -> Array:
 
 
 def _norms(x: Array, side: int) -> Array:
-    """Of each column."""
+    """Euclidean norm of each column."""
     return jnp.sqrt(jnp.sum(x * x, axis=side, keepdims=True))
 
 

@@ -61,7 +61,7 @@ def _told(start: dict[str, Array], now: dict[str, Array]) -> Metrics:
 
 
 def _rotation(name: str, old: Array, new: Array) -> Float[Array, "*layers"]:
-    """Of each layer of a stack, or of one matrix."""
+    """Rotation of each layer of a stack, or of one matrix."""
     axes = tuple(range(1 if name.split("/")[0] == "layers" else 0, old.ndim))
     old, new = tree.wide(old), tree.wide(new)
     size = jnp.sqrt(jnp.sum(old * old, axes) * jnp.sum(new * new, axes))

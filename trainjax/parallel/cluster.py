@@ -264,7 +264,7 @@ def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _own_devices(environ: Mapping[str, str], local: int, count: int) -> tuple[int, ...] | None:
-    """Of one process a GPU, the process's; of one process a node, all of the node's.
+    """Devices of this process: its GPU where there is a process for each, else all of the node's.
 
     Where the scheduler shows each process its own GPU only, that is all that it sees.
     """

@@ -74,7 +74,7 @@ def mesh(
 
 
 def _slice_of(device: Any) -> int:
-    """Of a TPU; JAX numbers nodes of GPUs too, but over their network more than gradients may go."""
+    """Slice of a TPU; nodes of GPUs have numbers too, but over their network more than gradients may go."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 

@@ -164,7 +164,7 @@ def _smoothed(
 
 
 def _scores(elements: dict[str, Array]) -> dict[str, Float[Array, "*stack rank"]]:
-    """Of each singular value: its own score and the mean scores of its two vectors."""
+    """Score of each singular value: its own and the mean scores of its two vectors."""
     return {
         name: elements[f"{name}/e"]
         + jnp.mean(elements[f"{name}/a"], axis=-2)

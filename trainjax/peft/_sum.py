@@ -59,7 +59,7 @@ class Sum(Weight):
 
 
 def reports_of(name: str, reports: Mapping[str, Array]) -> dict[str, Array]:
-    """Of all reports those of one member, as it calls them."""
+    """Reports of one member, under the names that it gives them."""
     found = {}
     for full, value in reports.items():
         path, _, last = full.rpartition("/")

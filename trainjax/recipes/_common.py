@@ -245,9 +245,9 @@ class AnswerConfig:
     stop: tuple[Prose, ...] = ()
     """Strings that end the answer."""
     seed: int = 0
-    """Of the sampling."""
+    """Random seed of sampling."""
     dtype: DtypeName | None = None
-    """Of weights and arithmetic; by default as stored, and what the platform is fast at."""
+    """Dtype of weights and arithmetic; by default as stored, and what the platform is fast at."""
     base_format: BaseFormatName | None = None
     """Keep the layers' matrices in fewer bits; stored is as a .gguf file has them."""
 
@@ -337,7 +337,7 @@ def uncalled(*args: Any, **kwargs: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run's numbers depend on, which are the same in all its processes."""
+    """Versions of what a run's numbers depend on, which are the same in all its processes."""
     names = ("trainjax", "jax", "jaxlib", "flax", "optax")
     return {name: importlib.metadata.version(name) for name in names}
 

@@ -52,9 +52,9 @@ class StepConfig:
     full: bool = False
     """Train every weight instead of an adapter."""
     dtype: common.DtypeName | None = None
-    """Of frozen weights and arithmetic; by default as stored, and what the platform is fast at."""
+    """Dtype of frozen weights and arithmetic; by default as stored, and what the platform is fast at."""
     param_dtype: common.ParamDtypeName = "float32"
-    """Of what trains; bfloat16 halves its memory, and its updates are rounded stochastically."""
+    """Dtype of what trains; bfloat16 halves its memory, and its updates are rounded stochastically."""
     fp8: bool = False
     """Multiply 8-bit floats in the layers, where the platform has such products."""
     base_format: common.BaseFormatName | None = None
@@ -70,7 +70,7 @@ class StepConfig:
     remat: common.RematName = "projections"
     """What the backward pass keeps, from least memory (full) to most (none)."""
     seed: int = 0
-    """Of the adapter's start, the order of the data, dropout, and what else is drawn."""
+    """Random seed of the adapter's start, the order of the data, dropout, and what else is drawn."""
     resume: bool = False
     """Continue the run in --out from its newest sound checkpoint."""
     mesh: MeshConfig = MeshConfig()

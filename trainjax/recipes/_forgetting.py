@@ -49,7 +49,7 @@ class Report(NamedTuple):
         ]
 
     def measures(self) -> dict[str, float | None]:
-        """Those of `evals.forgetting` once all is learned; the average alone where they are not defined:
+        """Measures of `evals.forgetting` once all is learned; the average alone where they are not defined:
         all tasks learned at once, or one that scored 0 as it was learned, of which nothing is retained.
         """
         if len(self.scores) <= len(self.stages):

@@ -92,7 +92,7 @@ class OptimConfig:
     name: OptimizerName = "adamw"
     """What turns gradients into steps."""
     settings: tuple[str, ...] = ()
-    """Its own, such as b1=0.95 b2=0.98; a wrong one is answered with those that it has."""
+    """Settings of the optimizer, such as b1=0.95 b2=0.98; a wrong one is answered with those that it has."""
     groups: tuple[str, ...] = ()
     """Other rates by name, first match first: 'norm|bias weight_decay=0' 'embed learning_rate=0.1' '.*'."""
     clip_layers: float | None = None
@@ -104,7 +104,7 @@ class OptimConfig:
     gradient: GradientName = "backpropagation"
     """How the gradient is found; two_point and forward need no backward pass, private is DP-SGD."""
     gradient_settings: tuple[str, ...] = ()
-    """Its own, such as scale=1e-3 directions=4, or rho=0.05."""
+    """Settings of the gradient, such as scale=1e-3 directions=4, or rho=0.05."""
 
     def chain(
         self,
@@ -169,9 +169,9 @@ class ScheduleConfig:
     """The learning rate over time, after the warm-up."""
 
     name: ScheduleName = "cosine"
-    """Its form."""
+    """Shape of the schedule."""
     settings: tuple[str, ...] = ()
-    """Its own, such as end=1e-5, cooldown=0.1 (wsd) or log=runs/first/metrics.jsonl (refined)."""
+    """Settings of the schedule, such as end=1e-5, cooldown=0.1 (wsd) or log=RUN/metrics.jsonl (refined)."""
     steps: int | None = None
     """Steps that it is made for; the run's, if not given."""
 

@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds of a step, by the roofline."""
         return self.roofline.step
 
 
@@ -115,7 +115,7 @@ def planned(
 
 
 def _rows(step: Program) -> float:
-    """Of a micro-batch on one device."""
+    """Rows of a micro-batch on one device."""
     shards = axes.num_row_shards(step.model.module.mesh)
     return step.settings.batch_size / shards / step.settings.accumulate
 

@@ -39,17 +39,17 @@ class MethodConfig:
     name: MethodName = "ewc"
     """Which one; sequential does nothing against forgetting, joint learns all tasks at once."""
     strength: float | None = None
-    """Of the penalty; of replay, rows that come again for each new one."""
+    """Strength of the penalty; with replay, old rows that come again for each new one."""
     samples: int | None = None
     """Examples of a task that ewc, online_ewc and mas estimate importances from."""
     decay: float | None = None
     """How much of earlier Fishers online_ewc keeps."""
     damping: float | None = None
-    """Of the division in si."""
+    """Damping of the division in si."""
     capacity: int | None = None
     """Rows that replay keeps."""
     fraction: float | None = None
-    """Of a matrix's entries that reg_lora protects for a task."""
+    """Share of a matrix's entries that reg_lora protects for a task."""
 
     def method(self) -> Method:
         """The method's functions.

@@ -30,7 +30,7 @@ class LossConfig:
     name: tuple[LossName, ...] = ("sigmoid",)
     """Which one; sigmoid is DPO. Several are added up, and share their coefficients."""
     weight: tuple[float, ...] = ()
-    """Of each of several losses; 1 if not given."""
+    """Weight of each of several losses; 1 if not given."""
     beta: float | None = None
     """Strength of the tie to the reference."""
     label_smoothing: float | None = None

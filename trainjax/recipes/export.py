@@ -40,9 +40,9 @@ class Config:
     adapter: Path | None = None
     """An adapter's folder in PEFT's format, or the folder of the run that made it."""
     type: TypeName | None = None
-    """Of the matrices in a gguf file, f16 by default; q8_0 is half its size."""
+    """Format of the matrices in a gguf file, f16 by default; q8_0 is half its size."""
     dtype: common.DtypeName | None = None
-    """Of the weights that the adapter is merged into, and that hf writes; by default as they are stored."""
+    """Dtype of the weights that the adapter goes into, and that hf writes; by default as they are stored."""
     other_base: bool = False
     """Accept an adapter that was trained on another base of the same shape."""
 

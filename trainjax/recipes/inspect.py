@@ -43,7 +43,7 @@ class Config:
     template: bool = True
     """Put plain prompts and completions into the chat template."""
     seed: int = 0
-    """Of the order."""
+    """Random seed of the order of rows."""
 
 
 def main(config: Config) -> None:

@@ -18,9 +18,9 @@ class LossConfig:
     beta: float = 0.1
     """Strength of the tie to the reference."""
     desirable_weight: float = 1.0
-    """Of completions whose label is true."""
+    """Weight of completions whose label is true."""
     undesirable_weight: float = 1.0
-    """Of the others; with the first it makes up for a kind that is rare."""
+    """Weight of completions whose label is false; with the first it makes up for a kind that is rare."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

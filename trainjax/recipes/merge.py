@@ -49,11 +49,11 @@ class Config:
     gamma: float = 0.0
     """What timber leaves of the directions beyond the effective rank."""
     rank: int | None = None
-    """Of the adapter in svd and ties_svd; by default the largest of those merged."""
+    """Rank of the adapter in svd and ties_svd; by default the largest of those merged."""
     seed: int = 0
-    """Of what dare drops."""
+    """Random seed of what dare drops."""
     dtype: common.DtypeName | None = None
-    """Of a model's weights; by default as the base's are stored, or without one the first's."""
+    """Dtype of a model's weights; by default as the base's are stored, or without one the first's."""
     base_format: common.BaseFormatName | None = None
     """Add to the weights as this format keeps them: what an adapter was trained on that had it."""
     tokenizer: str | None = None

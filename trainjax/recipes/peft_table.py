@@ -28,7 +28,7 @@ METHODS: dict[str, Callable[..., Peft]] = {
     "prefix, projected": functools.partial(peft.prefix, prefix_projection=True),
     "partial, norms": functools.partial(peft.partial, target="norm"),
 }
-"""Those of the command line, and settings of them that people know by a name."""
+"""Methods of the command line, and settings of them that people know by a name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Config:
     model: str
     """A hub id, a folder with a config.json, a .gguf file, or a name that `trainjax fetch` knows."""
     rank: int | None = None
-    """Of the methods that have one; by default each one's own."""
+    """Rank of the methods that have one; by default each one's own."""
     target: str | None = None
     """Regex of the matrices that get an adapter, of the methods that have one; by default each one's own."""
     json: bool = False

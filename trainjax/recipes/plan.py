@@ -42,9 +42,9 @@ class Config:
     base_format: common.BaseFormatName | None = None
     """Keep the frozen matrices of the layers in 4 or 8 bits."""
     dtype: common.DtypeName | None = None
-    """Of frozen weights and arithmetic; by default as stored, and what the device is fast at."""
+    """Dtype of frozen weights and arithmetic; by default as stored, and what the device is fast at."""
     param_dtype: common.ParamDtypeName = "float32"
-    """Of what trains."""
+    """Dtype of what trains."""
     optim: OptimConfig = OptimConfig()
     remat: common.RematName = "projections"
     """What the backward pass keeps, from least memory (full) to most (none)."""

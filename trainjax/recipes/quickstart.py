@@ -35,7 +35,7 @@ class Config:
     held_out: int = 60
     """Questions to measure on, none of which is learnt from."""
     seed: int = 0
-    """Of the questions, the adapter's start and the order of the data."""
+    """Random seed of the questions, the adapter's start and the order of the data."""
     resume: bool = False
     """Continue the run in --out."""
 

@@ -45,7 +45,7 @@ class Config:
     max_length: int = 1024
     """Tokens of a prompt with a completion. A longer one is an error: cut, it would be another text."""
     dtype: common.DtypeName | None = None
-    """Of weights and arithmetic; by default as stored, and what the platform is fast at."""
+    """Dtype of weights and arithmetic; by default as stored, and what the platform is fast at."""
     bad_rows: common.BadRowsName = "error"
     """What happens to a row that cannot be read: the job ends, or it is left out, into OUT.dropped.jsonl."""
     template: bool = True
