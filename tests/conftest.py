@@ -80,3 +80,9 @@ def optimised_here():
     """What a test compiles is, and what the module compiles after it is not."""
     with helpers.jax_settings({"jax_disable_most_optimizations": False}):
         yield
+
+
+def pytest_sessionfinish():
+    """One round for what ends badly as garbage; pytest's own five would each go through every program."""
+    gc.collect()
+    gc.freeze()

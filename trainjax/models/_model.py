@@ -200,4 +200,4 @@ def _where_it_is(leaf: Any) -> Any:
     """The host's view of an array in its memory, which is cut without a program; another leaf itself."""
     if not isinstance(leaf, jax.Array) or len(leaf.devices()) > 1:
         return leaf
-    return np.asarray(leaf) if leaf.device.platform == "cpu" else leaf
+    return np.asarray(leaf) if next(iter(leaf.devices())).platform == "cpu" else leaf
