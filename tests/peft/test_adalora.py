@@ -229,7 +229,7 @@ FIRST = "model.layers.0.mlp.up_proj.lora"
         (
             {},
             {"model.norm.lora_A": np.ones((4, 7), np.float32)},
-            "holds 'model.norm.lora_A', which",
+            "has not all of lora_A, lora_B and lora_E for model.norm",
         ),
     ],
     ids=["field", "missing", "shape", "nan", "pattern", "unknown"],

@@ -108,7 +108,7 @@ def test_a_bad_setting_is_named_with_what_would_be_right(make, message):
     [
         ("num_virtual_tokens", 4, r"shape \(3, 32\), and this model's has \(4, 32\)"),
         ("num_transformer_submodules", 2, "sets num_transformer_submodules=2, which is not"),
-        ("modules_to_save", ["lm_head"], r"sets modules_to_save=\['lm_head'\], which is not"),
+        ("modules_to_save", ["lm_head"], "names lm_head, but the adapter has no 'lm_head.weight'"),
         ("something_new", True, "sets something_new=True, which is not supported"),
     ],
 )

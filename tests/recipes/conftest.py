@@ -11,35 +11,52 @@ APART = {"model", "out", "data", "eval_data", "save_every", "keep", "eval_every"
 APART |= {"resume", "tensorboard", "wandb", "remat", "template", "too_long", "packing"}
 
 
-def remembered(f, apart):
-    """`f(config, ..., model)` that is asked once for equal settings and the same model."""
+def settings(config, apart):
+    """What of a job's settings tells one program from another."""
+    names = sorted({field.name for field in dataclasses.fields(config)} - apart)
+    return type(config), tuple((name, getattr(config, name)) for name in names)
+
+
+def remembered(f, key):
+    """`f` that is asked once for arguments of an equal key; each time for those that have none."""
     found = {}
 
-    def call(config, *args, **named):
-        *steps, model = *args, *named.values()
-        if not model.fingerprint:  # shapes alone, in the place of a model
-            return f(config, *steps, model)
-        fields = {field.name for field in dataclasses.fields(config)} - apart
-        settings = tuple((name, getattr(config, name)) for name in sorted(fields))
-        key = type(config), settings, *steps, model.fingerprint
-        if key not in found:
-            found[key] = f(config, *steps, model)
-        return found[key]
+    def call(*args):
+        name = key(*args)
+        if name is None:
+            return f(*args)
+        if name not in found:
+            found[name] = f(*args)
+        return found[name]
 
     return call
+
+
+def optimizer_key(config, steps, model, method):
+    """None of shapes alone, in the place of a model."""
+    if not model.fingerprint:
+        return None
+    return settings(config, APART | {"mesh"}), steps, model.fingerprint, method
+
+
+def start_key(config, start):
+    """None of an adapter that was loaded."""
+    if start.loaded is not None:
+        return None
+    return settings(config, APART), start.model.fingerprint, start.method
 
 
 @pytest.fixture(scope="session")
 def shared():
     """What runs with equal settings have in common: the optimizer, the step, what they start with."""
     from trainjax import train
-    from trainjax.recipes import _training
+    from trainjax.recipes import _start
     from trainjax.recipes._configs import StepConfig
 
     return [
-        (StepConfig, "optimizer", remembered(StepConfig.optimizer, APART | {"mesh"})),
+        (StepConfig, "optimizer", remembered(StepConfig.optimizer, optimizer_key)),
         (train, "make_step", functools.cache(train.make_step)),
-        (_training, "first_params", remembered(_training.first_params, APART)),
+        (_start, "first_params", remembered(_start.first_params, start_key)),
     ]
 
 
