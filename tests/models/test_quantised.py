@@ -340,6 +340,7 @@ def test_a_folder_has_nothing_stored_in_blocks(folder):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_blocks_of_a_gguf_file_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(gguf, "read_header", functools.cache(gguf.read_header))
     monkeypatch.setattr(gguf.GgufFile, "tokenizer", lambda self: None)  # which takes seconds

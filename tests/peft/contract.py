@@ -199,7 +199,7 @@ class Contract:
     """Attributes that a subclass sets.
 
     Attributes:
-        methods: by name, small enough for `helpers.tiny()`.
+        methods: by name, small enough for `helpers.tiny()`; after the first they are in the slow part.
         begins_as_base: whether attaching the first adapter changes nothing.
         merges: whether there are weights that do the same.
         settings: of the tiny model.
@@ -215,7 +215,13 @@ class Contract:
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         if "method" in metafunc.fixturenames:
-            metafunc.parametrize("method", [*self.methods.values()], ids=[*self.methods])
+            first, *others = (
+                pytest.param(method, id=name) for name, method in self.methods.items()
+            )
+            again = [
+                pytest.param(*other.values, id=other.id, marks=pytest.mark.slow) for other in others
+            ]
+            metafunc.parametrize("method", [first, *again])
 
     @pytest.fixture
     def model(self):

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 import shutil
 
 import pytest
@@ -19,9 +20,10 @@ def settings(config, apart):
 
 def remembered(f, key):
     """`f` that is asked once for arguments of an equal key; each time for those that have none."""
-    found = {}
+    found, signature = {}, inspect.signature(f)
 
-    def call(*args):
+    def call(*args, **named):
+        args = signature.bind(*args, **named).args
         name = key(*args)
         if name is None:
             return f(*args)

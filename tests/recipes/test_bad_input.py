@@ -43,7 +43,7 @@ def said(capsys):
         ({"model": __file__}, "is a file, but not a .gguf; give a model's folder or a .gguf file"),
         ({"peft__rank": 0}, "rank=0 for layers/attention/"),
         ({"peft__rank": 99}, "rank=99 is above the sides of layers/attention/"),
-        ({"peft__target": "q_prj"}, "no parameter's name matches 'q_prj'; the names are layers/"),
+        ({"peft__target": "q_prj"}, "no parameter's name matches 'q_prj'; the names are "),
         ({"peft__target": "("}, "'(' is not a regular expression"),
         ({"peft__dropout": 1.5}, "dropout=1.5 is not a probability"),
         ({"accumulate": 3}, "accumulate=3 does not divide a batch of 4 rows"),

@@ -9,7 +9,7 @@ import trainjax as tj
 from tests import helpers
 from trainjax.rollout import prompt_ids
 
-pytestmark = [pytest.mark.real, pytest.mark.usefixtures("optimised")]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,6 @@ def test_prompts_are_encoded_as_they_were_there(model):
 
 
 @pytest.mark.parity
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_greedy_tokens_are_those_of_transformers_live(model, tmp_path):
     from tests.golden.make_smollm2_generation import generated
