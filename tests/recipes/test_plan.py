@@ -83,7 +83,7 @@ def test_weights_and_state_are_a_real_runs_byte_by_byte_on_each_device(mesh, toy
     method = given.peft_method()
     start = model.params if method is None else method.init(jax.random.key(0), model.params)
     start = tree.cast(start, common.DTYPES[given.param_dtype])
-    real = train.init(start, given.optimizer(1000, model))
+    real = train.init(start, given.optimizer(1000, model, method))
 
     def held(pytree):
         one = jax.devices()[0]
