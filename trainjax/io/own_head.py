@@ -32,7 +32,9 @@ def with_its_head(files: HfFolder) -> HfFolder:
 
 
 def _differs(files: HfFolder) -> bool:
-    if not any(files.path.glob("*.safetensors")):  # its tokenizer and its config are there to be read
+    if not any(
+        files.path.glob("*.safetensors")
+    ):  # its tokenizer and its config are there to be read
         return False
     shapes = files.shapes()
     if _HEAD not in shapes or _EMBEDDING not in shapes:
