@@ -252,8 +252,16 @@ def test_a_head_is_fetched_in_the_dtype_of_the_arithmetic(tied):
     assert set(fetched) == {"bf16"}
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("norm", "head"),
+        pytest.param(("embed", "layers", "norm", "head"), marks=pytest.mark.slow),
+    ],
+    ids=["last", "all"],
+)
 @pytest.mark.parametrize("trained", [True, False])
-def test_what_goes_through_the_head_at_once_changes_no_value(trained, monkeypatch):
+def test_what_goes_through_the_head_at_once_changes_no_value(trained, names, monkeypatch):
     model = helpers.tiny()
     policy = tj.policy(model)
     batch = jax.tree.map(jnp.asarray, helpers.random_batch(rows=2, seq=10))
@@ -262,13 +270,12 @@ def test_what_goes_through_the_head_at_once_changes_no_value(trained, monkeypatc
         monkeypatch.setattr(policies, "tile", lambda platform: size)
         stopped = (lambda p: p) if trained else jax.lax.stop_gradient
 
-        def loss(last):
-            """Of what follows the layers: the gradient that reaches these is in that of the norm."""
-            params = model.params | last | {"head": stopped(last["head"])}
+        def loss(some):
+            params = model.params | some | {"head": stopped(some["head"])}
             return policy(params, batch).logprobs.sum()
 
-        last = {name: model.params[name] for name in ("norm", "head")}
-        return jax.jit(jax.value_and_grad(loss))(last)
+        some = {name: model.params[name] for name in names}
+        return jax.jit(jax.value_and_grad(loss))(some)
 
     own, others = gradient(tile("cpu")), gradient(tile("gpu"))
     chex.assert_trees_all_close(own, others, rtol=1e-5, atol=1e-5)

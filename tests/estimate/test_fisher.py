@@ -34,6 +34,8 @@ def setting(kind: str, mesh=None):
     if kind == "narrow":
         return bigram.Narrow(), bigram.narrow_params(mesh)
     model = helpers.tiny(mesh=mesh, **SIZES)
+    if kind == "full":
+        return tj.policy(model), model.params
     return tj.policy(model, LORA), helpers.trained(LORA, model.params)
 
 
@@ -74,6 +76,8 @@ def expected(kind: str):
         ("narrow", 2),
         ("narrow", 5),
         pytest.param("lora", 2, marks=pytest.mark.slow),
+        pytest.param("full", 1, marks=pytest.mark.slow),
+        pytest.param("full", 5, marks=pytest.mark.slow),
     ],
 )
 def test_it_is_the_mean_of_the_squared_gradients_of_the_examples(kind, chunk):
@@ -229,6 +233,7 @@ def test_the_true_fisher_of_a_model_takes_the_models_own_labels():
         ("narrow", (4, 1, 1)),
         ("narrow", (1, 2, 2)),
         pytest.param("lora", (4, 1, 1), marks=pytest.mark.slow),
+        pytest.param("full", (1, 2, 2), marks=pytest.mark.slow),
     ],
 )
 def test_on_four_devices_it_is_the_same_and_laid_out_as_the_params_are(kind, split):

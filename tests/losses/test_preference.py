@@ -500,6 +500,10 @@ def plain():
         (False, tj.data.best_fit, 1),
         (True, tj.data.unpacked, 2),
         (True, tj.data.best_fit, 2),
+        pytest.param(True, tj.data.unpacked, 1, marks=pytest.mark.slow),
+        pytest.param(True, tj.data.best_fit, 1, marks=pytest.mark.slow),
+        pytest.param(False, tj.data.unpacked, 2, marks=pytest.mark.slow),
+        pytest.param(False, tj.data.best_fit, 2, marks=pytest.mark.slow),
     ],
 )
 def test_sharing_prompts_packing_and_accumulation_change_nothing(share, pack, accumulate):

@@ -87,6 +87,11 @@ def adapter():
     return losses.sft(policy(model, method)), params
 
 
+def whole():
+    model = helpers.tiny()
+    return losses.sft(policy(model)), model.params
+
+
 @pytest.mark.parametrize(
     ("estimator", "setting"),
     [
@@ -94,8 +99,17 @@ def adapter():
         (optim.forward_gradient(directions=64), toy),
         pytest.param(optim.two_point(3e-3, directions=64), adapter, marks=pytest.mark.slow),
         pytest.param(optim.forward_gradient(directions=64), adapter, marks=pytest.mark.slow),
+        pytest.param(optim.two_point(3e-3, directions=64), whole, marks=pytest.mark.slow),
+        pytest.param(optim.forward_gradient(directions=64), whole, marks=pytest.mark.slow),
     ],
-    ids=["two_point", "forward", "two_point-lora", "forward-lora"],
+    ids=[
+        "two_point",
+        "forward",
+        "two_point-lora",
+        "forward-lora",
+        "two_point-full",
+        "forward-full",
+    ],
 )
 def test_of_a_language_model_its_mean_points_along_the_gradient(estimator, setting):
     batch = helpers.packed([np.arange(3, 15, dtype=np.int32)] * 2, [[0], [1]], 12)

@@ -318,6 +318,13 @@ class Contract:
             found = {name: leaf[member] for name, leaf in grads.items()}
             helpers.assert_close(found, expected, 1e-5)
 
+    @pytest.mark.slow
+    def test_gradients_are_the_same_where_nothing_is_computed_again(self, model, method):
+        loss = self.loss(changed(model, remat=None), method)
+        value, grads = values_and_gradients(loss, moved(self.first(method)), batch())
+        np.testing.assert_allclose(value, self.run(method).losses[0], rtol=1e-6)
+        helpers.assert_close(grads, self.run(method).gradients, 1e-5)
+
     def test_four_devices_that_compute_nothing_again_give_what_one_gives(self, model, method):
         run, mesh = self.run(method), helpers.mesh_of(1, 2, 2)
         spread = changed(model, mesh=mesh, remat=None).with_params(

@@ -203,6 +203,7 @@ class TestContract(contract.Contract):
     methods = {
         "soft": molora(rank=2, target="query|up|down", experts=3, dropout=0.1),
         "top 2": molora(rank=2, target="query|up", experts=3, top_k=2),
+        "all matrices": molora(rank=2, experts=3, dropout=0.1),
     }
 
 
