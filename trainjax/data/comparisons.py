@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainjax.data.answers import shared_length
-from trainjax.data.formats import Conversation, Text, completion
+from trainjax.data.formats import Conversation, Text, completion, introduced
 from trainjax.data.messages import Message, list_of_messages
 from trainjax.data.sources import Row
 
@@ -42,11 +42,16 @@ def compared(row: Row) -> tuple[Any, Any, Any]:
 
 
 def joined(prompt: Any, answer: Any, row: Row) -> Conversation | Text:
-    """A prompt with one completion, and the row's tools."""
+    """A prompt with one completion, the row's tools, and what its column `system` says first."""
+    return introduced(_joined(prompt, answer, row), row)
+
+
+def _joined(prompt: Any, answer: Any, row: Row) -> Conversation | Text:
     if isinstance(answer, str) and isinstance(prompt, str) and len(turns := _turns(prompt)) > 1:
         reply = {"role": "assistant", "content": answer.strip()}
         return Text(prompt, answer, messages=[*turns[:-1], reply])
-    return completion({"prompt": prompt, "completion": answer, "tools": row.get("tools")})
+    tools = {name: row.get(name) for name in ("tools", "functions")}
+    return completion({"prompt": prompt, "completion": answer, **tools})
 
 
 def is_empty(answer: Any) -> bool:

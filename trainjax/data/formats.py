@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from trainjax.data.messages import Message, is_trained, list_of_messages, list_of_tools
+from trainjax.data.messages import Message, is_trained, list_of_messages, tools_of
 from trainjax.data.sources import Row
 
 T = TypeVar("T")
@@ -56,13 +56,13 @@ Format = Callable[[Row], Conversation | Text]
 
 
 def _messages(row: Row) -> Conversation:
-    return Conversation(list_of_messages(row["messages"]), list_of_tools(row.get("tools")))
+    return Conversation(list_of_messages(row["messages"]), tools_of(row))
 
 
 def _conversations(row: Row) -> Conversation:
     if not isinstance(row["conversations"], Sequence) or isinstance(row["conversations"], str):
         raise ValueError("`conversations` is a list of turns with `from` and `value`")
-    return Conversation(list_of_messages(row["conversations"]), list_of_tools(row.get("tools")))
+    return Conversation(list_of_messages(row["conversations"]), tools_of(row))
 
 
 def completion(row: Row) -> Conversation | Text:
@@ -75,7 +75,7 @@ def completion(row: Row) -> Conversation | Text:
         return Text(prompt, answer)
     before = [] if prompt in (None, []) else _turns("prompt", prompt, "user")
     after = _turns("completion", answer, "assistant")
-    return Conversation([*before, *after], list_of_tools(row.get("tools")), prompt=len(before))
+    return Conversation([*before, *after], tools_of(row), prompt=len(before))
 
 
 def _turns(name: str, value: Any, role: str) -> list[Message]:
@@ -86,12 +86,52 @@ def _turns(name: str, value: Any, role: str) -> list[Message]:
     return list_of_messages(value)
 
 
-def _alpaca(row: Row) -> Text:
+def _alpaca(row: Row) -> Conversation | Text:
+    """`instruction`, `input` and `output`; a `history` of questions and answers comes before."""
     instruction, extra = _string(row, "instruction"), row.get("input") or ""
     prompt = f"{instruction}\n\n{extra}" if extra else instruction
+    if row.get("history"):
+        return _after_history(row["history"], prompt, _string(row, "output"))
     framed = f"### Instruction:\n{instruction}\n\n"
     framed += f"### Input:\n{extra}\n\n" if extra else ""
     return Text(prompt, _string(row, "output"), bare_prompt=f"{framed}### Response:\n")
+
+
+def _after_history(history: Any, prompt: str, answer: str) -> Conversation:
+    """A conversation whose earlier answers are trained on too, as LLaMA-Factory does it."""
+    turns = [*history, (prompt, answer)] if isinstance(history, Sequence) else []
+    if not turns or any(isinstance(turn, str) or len(turn) != 2 for turn in turns):
+        raise ValueError(
+            f"`history` is a list of pairs, a question and its answer each, this is {history!r:.60}"
+        )
+    roles = ("user", "assistant")
+    said = [(role, text) for turn in turns for role, text in zip(roles, turn, strict=True)]
+    return Conversation(list_of_messages([{"role": r, "content": text} for r, text in said]))
+
+
+def introduced(made: Conversation | Text, row: Row) -> Conversation | Text:
+    """The conversation after what the row's column `system` (or `system_prompt`) tells the model.
+
+    Raises:
+        ValueError: a column that is not text, or says another thing than the first message.
+    """
+    name = "system" if row.get("system") else "system_prompt"
+    if not row.get(name) or (isinstance(made, Text) and not made.prompt):
+        return made
+    first = {"role": "system", "content": _string(row, name)}
+    if isinstance(made, Text):
+        user = {"role": "user", "content": made.prompt}
+        messages = made.messages or [user, {"role": "assistant", "content": made.completion}]
+        bare = made.prompt if made.bare_prompt is None else made.bare_prompt
+        bare = f"{first['content']}\n\n{bare}"
+        return dataclasses.replace(made, messages=[first, *messages], bare_prompt=bare)
+    if made.messages[0] == first:
+        return made
+    if made.messages[0]["role"] == "system":
+        raise ValueError(
+            f"the column `{name}` says {row[name]!r:.40} and the first message another thing; keep one"
+        )
+    return dataclasses.replace(made, messages=[first, *made.messages], prompt=made.prompt + 1)
 
 
 def _text(row: Row) -> Text:
@@ -133,7 +173,8 @@ def supervised_reader(columns: Sequence[str]) -> Format:
             f"the columns are {', '.join(columns)}: rows of pairs are for `trainjax dpo` or `trainjax "
             "reward`; supervised fine-tuning takes the chosen answer as `messages` or `completion`"
         )
-    return detect(columns, FORMATS)
+    read = detect(columns, FORMATS)
+    return lambda row: introduced(read(row), row)
 
 
 def _string(row: Row, name: str) -> str:

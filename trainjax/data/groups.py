@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int
 from trainjax.data.comparisons import compared, is_empty, joined
 from trainjax.data.encode import Examples, Groups, TooLong, at_row, noted, truncate
 from trainjax.data.formats import FORMATS as TEXTS
-from trainjax.data.formats import Conversation, Text, completion, detect
+from trainjax.data.formats import Conversation, Text, completion, detect, introduced
 from trainjax.data.render import Rendered, render
 from trainjax.data.sources import Source
 from trainjax.data.tokens import tokenized
@@ -67,7 +67,7 @@ def single(source: Source, number: int) -> Group:
     read = detect(list(row), TEXTS)
     if read is completion and is_empty(row["completion"]):
         raise ValueError(f"a completion is empty: {row['completion']!r}")
-    return Group([read(row)])
+    return Group([introduced(read(row), row)])
 
 
 def labelled(source: Source, number: int) -> Group:

@@ -10,6 +10,7 @@ Message = Mapping[str, Any]
 
 _SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
 _SHAREGPT |= {role: role for role in _SHAREGPT.values()}
+_SHAREGPT |= {"observation": "tool"}
 
 
 def list_of_messages(value: Any) -> list[Message]:
@@ -44,6 +45,10 @@ def message(value: Any) -> Message:
         raise ValueError(f"the `role` of a message is text, this is {made['role']!r:.60}")
     if "content" in made:
         made["content"] = _text(made["content"])
+    if made.get("function_call"):  # as OpenAI wrote a call before there were several in a message
+        made["tool_calls"] = [{"type": "function", "function": made.pop("function_call")}]
+    if made["role"] == "function":
+        made["role"] = "tool"
     if made.get("tool_calls"):
         made["tool_calls"] = [_call(call) for call in _list_of("tool_calls", made["tool_calls"])]
     for name in ("weight", "train"):
@@ -51,9 +56,14 @@ def message(value: Any) -> Message:
     return made
 
 
-def list_of_tools(value: Any) -> list[Any] | None:
-    """Descriptions of tools from a list or from JSON text of one; None where there are none."""
-    return (_list_of("tools", value) or None) if value is not None else None
+def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """Descriptions of the row's tools, a list or JSON text of one; None where there are none.
+
+    They are in the column `tools`, or in `functions`, as OpenAI called them before.
+    """
+    tools = _list_of("tools", row.get("tools") or [])
+    functions = _list_of("functions", row.get("functions") or [])
+    return [*tools, *({"type": "function", "function": one} for one in functions)] or None
 
 
 def is_trained(message: Message) -> bool:

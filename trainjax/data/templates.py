@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from trainjax.data.messages import Message, list_of_messages, list_of_tools
+from trainjax.data.messages import Message, list_of_messages, tools_of
 
 Tools = Sequence[Any] | None
 Shape = Callable[[Sequence[Message]], Sequence[Message]]
@@ -42,7 +42,7 @@ def apply_template(
         ValueError: the tokenizer has no chat template, or one that refuses the messages.
     """
     made = list_of_messages(messages)
-    return writer(tokenizer, made, list_of_tools(tools))(made, generation=generation)
+    return writer(tokenizer, made, tools_of({"tools": tools}))(made, generation=generation)
 
 
 def writer(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> Write:

@@ -100,7 +100,7 @@ def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -
         )
     check_tokens(model.config, examples.tokens)
     if missing := sorted(set(range(len(rows))) - set(examples.rows.tolist())):
-        raise ValueError(f"{config.data}: row {missing[0]}: it has no completion to score")
+        raise ValueError(f"{config.data}: row {missing[0]}: nothing to score; its completions are equal, or one is empty")
     return examples
 
 
