@@ -259,7 +259,7 @@ class TestScore:
                     {"messages": [{"role": role, "content": "a"} for role in roles]}
                     for roles in (["user", "assistant"], ["user"])
                 ],
-                "row 1: nothing to score; its completions are equal, or one is empty",
+                "row 1: nothing to score: no completion, an empty one, or two that are equal",
             ),
             ([{"prompt": "a" * 2000, "completion": "b"}], "tokens are more than max_length=1024"),
         ],
