@@ -100,7 +100,10 @@ def _encoded(config: Config, rows: data.Source, read: data.Read, model: Model) -
         )
     check_tokens(model.config, examples.tokens)
     if missing := sorted(set(range(len(rows))) - set(examples.rows.tolist())):
-        raise ValueError(f"{config.data}: row {missing[0]}: nothing to score: no completion, an empty one, or two that are equal")
+        raise ValueError(
+            f"{config.data}: row {missing[0]}: nothing to score: no completion, an empty one, or two that "
+            "are equal"
+        )
     return examples
 
 
